@@ -1,0 +1,324 @@
+"""The error tree and its wire form (RFC 9457). Knows nothing of HTTP frameworks, stores or models.
+
+    WanError
+    ├── InvalidRequest          422  invalid-request      a field is missing, malformed or not legal
+    ├── PromptTooLong           422  prompt-too-long      more tokens than the text encoder takes
+    ├── RouteNotFound           404  route-not-found
+    ├── MethodNotAllowed        405  method-not-allowed
+    ├── ClipNotFound            404  clip-not-found
+    ├── JobNotFound             404  job-not-found
+    ├── BodyTooLarge            413  body-too-large
+    ├── UrlInvalid              403  url-invalid          signature missing, tampered or not ours
+    ├── UrlExpired              403  url-expired
+    ├── QueueFull               429  queue-full           Retry-After
+    ├── JobCancelled            409  job-cancelled
+    ├── Unavailable             503
+    │   ├── ModelNotReady       503  model-not-ready      Retry-After
+    │   ├── ShuttingDown        503  shutting-down        Retry-After
+    │   └── StoreUnavailable    503  store-unavailable    Retry-After
+    ├── StoreFull               507  store-full
+    ├── OutOfMemory             500  out-of-memory        this job alone did not fit
+    ├── RenderFailed            500  render-failed        the model or the encoder failed on this job
+    ├── WorkerLost              503  worker-lost          the process that rendered it went away
+    └── InternalError           500  internal-error       anything else; the log has it under the request id
+
+Every constructor passes its arguments positionally to `Exception.__init__`, so that an error survives
+pickling over a Ray handle. `detail` is shown to clients: it never names a path, a key or a prompt.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PROBLEM_MEDIA_TYPE = "application/problem+json"
+PROBLEM_TYPE_PREFIX = "urn:wan-serve:problem:"
+
+
+class FieldError(BaseModel):
+    """One field that was refused, and what would have been accepted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    field: str = Field(description="The field's name in the request body; `body` for the whole of it.")
+    message: str
+    legal: str | None = Field(default=None, description="What the field may hold.")
+    nearest: tuple[float | int | str, ...] | None = Field(
+        default=None, description="The legal values nearest to the one that was sent."
+    )
+
+
+class Problem(BaseModel):
+    """An RFC 9457 problem document (`application/problem+json`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: str = Field(examples=[PROBLEM_TYPE_PREFIX + "invalid-request"])
+    title: str = Field(examples=["The request is not valid"])
+    status: int = Field(examples=[422])
+    detail: str
+    request_id: str | None = None
+    job_id: str | None = None
+    errors: tuple[FieldError, ...] | None = None
+    retry_after_s: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The type without its prefix: a bounded label for logs and metrics."""
+        return self.type.removeprefix(PROBLEM_TYPE_PREFIX)
+
+
+class WanError(Exception):
+    """The root. Subclasses set `name`, `title` and `status`; `args[0]` is the detail unless they say otherwise."""
+
+    name: ClassVar[str] = "internal-error"
+    title: ClassVar[str] = "Internal error"
+    status: ClassVar[int] = 500
+
+    def __init__(self, detail: str, *args: Any) -> None:
+        super().__init__(detail, *args)
+
+    @property
+    def detail(self) -> str:
+        return str(self.args[0])
+
+    @property
+    def errors(self) -> tuple[FieldError, ...] | None:
+        return None
+
+    @property
+    def retry_after_s(self) -> int | None:
+        return None
+
+    def __str__(self) -> str:
+        return self.detail
+
+    def problem(self, request_id: str | None = None, job_id: str | None = None) -> Problem:
+        """The wire form of this error."""
+        return Problem(
+            type=PROBLEM_TYPE_PREFIX + self.name,
+            title=self.title,
+            status=self.status,
+            detail=self.detail,
+            request_id=request_id,
+            job_id=job_id,
+            errors=self.errors,
+            retry_after_s=self.retry_after_s,
+        )
+
+
+class InvalidRequest(WanError):
+    """One or more fields were refused. `args[0]` holds the `FieldError`s."""
+
+    name = "invalid-request"
+    title = "The request is not valid"
+    status = 422
+
+    def __init__(self, errors: Sequence[FieldError]) -> None:
+        Exception.__init__(self, tuple(errors))
+
+    @property
+    def errors(self) -> tuple[FieldError, ...]:
+        return self.args[0]  # type: ignore[no-any-return]  # set by __init__ above
+
+    @property
+    def detail(self) -> str:
+        return "; ".join(f"{error.field}: {error.message}" for error in self.errors)
+
+
+class PromptTooLong(WanError):
+    """The prompt has more tokens than the text encoder takes; it is refused, never cut."""
+
+    name = "prompt-too-long"
+    title = "The prompt has too many tokens"
+    status = 422
+
+    def __init__(self, field: str, num_tokens: int, max_tokens: int) -> None:
+        Exception.__init__(self, field, num_tokens, max_tokens)
+
+    @property
+    def detail(self) -> str:
+        field, num_tokens, max_tokens = self.args
+        return f"{field} has {num_tokens} tokens; this model takes at most {max_tokens}"
+
+    @property
+    def errors(self) -> tuple[FieldError, ...]:
+        field, num_tokens, max_tokens = self.args
+        return (FieldError(field=field, message=f"{num_tokens} tokens", legal=f"at most {max_tokens} tokens"),)
+
+
+class RouteNotFound(WanError):
+    name = "route-not-found"
+    title = "No such route"
+    status = 404
+
+
+class MethodNotAllowed(WanError):
+    name = "method-not-allowed"
+    title = "Method not allowed"
+    status = 405
+
+
+class ClipNotFound(WanError):
+    name = "clip-not-found"
+    title = "No such clip"
+    status = 404
+
+    def __init__(self, detail: str = "there is no clip with this id") -> None:
+        super().__init__(detail)
+
+
+class JobNotFound(WanError):
+    name = "job-not-found"
+    title = "No such job"
+    status = 404
+
+    def __init__(self, detail: str = "there is no job with this id") -> None:
+        super().__init__(detail)
+
+
+class BodyTooLarge(WanError):
+    name = "body-too-large"
+    title = "The request body is too large"
+    status = 413
+
+    def __init__(self, max_bytes: int) -> None:
+        Exception.__init__(self, max_bytes)
+
+    @property
+    def detail(self) -> str:
+        return f"the request body may hold at most {self.args[0]} bytes"
+
+
+class UrlInvalid(WanError):
+    name = "url-invalid"
+    title = "The URL's signature is not valid"
+    status = 403
+
+    def __init__(self, detail: str = "ask GET /outputs/{clip_id} for a new URL") -> None:
+        super().__init__(detail)
+
+
+class UrlExpired(WanError):
+    name = "url-expired"
+    title = "The URL has expired"
+    status = 403
+
+    def __init__(self, detail: str = "ask GET /outputs/{clip_id} for a new URL") -> None:
+        super().__init__(detail)
+
+
+class QueueFull(WanError):
+    """Admission control: as many jobs wait as may."""
+
+    name = "queue-full"
+    title = "Too many jobs are waiting"
+    status = 429
+
+    def __init__(self, max_waiting_jobs: int, retry_after_s: int) -> None:
+        Exception.__init__(self, max_waiting_jobs, retry_after_s)
+
+    @property
+    def detail(self) -> str:
+        return f"{self.args[0]} jobs are waiting already; try again in {self.args[1]} s"
+
+    @property
+    def retry_after_s(self) -> int:
+        return int(self.args[1])
+
+
+class JobCancelled(WanError):
+    name = "job-cancelled"
+    title = "The job was cancelled"
+    status = 409
+
+    def __init__(self, detail: str = "the job was cancelled before it finished") -> None:
+        super().__init__(detail)
+
+
+class Unavailable(WanError):
+    """Not now; the same request may work later. `args[1]` is Retry-After in seconds."""
+
+    name = "unavailable"
+    title = "Unavailable for now"
+    status = 503
+
+    def __init__(self, detail: str, retry_after_s: int = 5) -> None:
+        super().__init__(detail, retry_after_s)
+
+    @property
+    def retry_after_s(self) -> int:
+        return int(self.args[1])
+
+
+class ModelNotReady(Unavailable):
+    name = "model-not-ready"
+    title = "The model is not ready"
+
+
+class ShuttingDown(Unavailable):
+    name = "shutting-down"
+    title = "The service is shutting down"
+
+
+class StoreUnavailable(Unavailable):
+    name = "store-unavailable"
+    title = "The object store does not answer"
+
+
+class WorkerLost(Unavailable):
+    name = "worker-lost"
+    title = "The worker that rendered this job went away"
+
+
+class StoreFull(WanError):
+    name = "store-full"
+    title = "The object store is full"
+    status = 507
+
+    def __init__(self, detail: str = "there is no space left for the clip") -> None:
+        super().__init__(detail)
+
+
+class OutOfMemory(WanError):
+    name = "out-of-memory"
+    title = "The job does not fit into memory"
+    status = 500
+
+    def __init__(self, detail: str = "ask for fewer frames or a smaller resolution") -> None:
+        super().__init__(detail)
+
+
+class RenderFailed(WanError):
+    name = "render-failed"
+    title = "Rendering failed"
+    status = 500
+
+
+class InternalError(WanError):
+    name = "internal-error"
+    title = "Internal error"
+    status = 500
+
+    def __init__(self, detail: str = "something went wrong here; the log has it under this request id") -> None:
+        super().__init__(detail)
+
+
+class RecordedFailure(WanError):
+    """A job's failure, read back from its record: answers with the problem that was recorded."""
+
+    def __init__(self, recorded: Problem) -> None:
+        Exception.__init__(self, recorded)
+
+    @property
+    def detail(self) -> str:
+        return self.recorded.detail
+
+    @property
+    def recorded(self) -> Problem:
+        return self.args[0]  # type: ignore[no-any-return]  # set by __init__ above
+
+    def problem(self, request_id: str | None = None, job_id: str | None = None) -> Problem:
+        return self.recorded.model_copy(
+            update={"request_id": request_id, "job_id": job_id or self.recorded.job_id}
+        )

@@ -1,0 +1,86 @@
+"""The profiles that ship: Wan 2.1's two text-to-video models with their official values, and the tiny one.
+
+Sources: the Wan 2.1 release (`SUPPORTED_SIZES`, `sample_neg_prompt`, 50 steps, guidance 5 and shift 5; for the
+1.3B model its README recommends guidance 6 and shift 8 to 12), and diffusers' `WanPipeline` (512 text tokens).
+"""
+
+from schemas.model_profile import Defaults, ModelProfile, Resolution
+
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
+"""Wan 2.1's own default. Source: `sample_neg_prompt` in the release's shared configuration."""
+
+FPS = (8, 12, 16, 24, 30)
+
+_480P = (
+    Resolution(name="480p", aspect_ratio="16:9", width=832, height=480),
+    Resolution(name="480p", aspect_ratio="9:16", width=480, height=832),
+)
+_720P = (
+    Resolution(name="720p", aspect_ratio="16:9", width=1280, height=720),
+    Resolution(name="720p", aspect_ratio="9:16", width=720, height=1280),
+)
+
+WAN_1_3B = ModelProfile(
+    name="wan2.1-t2v-1.3b",
+    hub_id="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    max_sequence_length=512,
+    resolutions=_480P,
+    min_num_frames=5,
+    max_num_frames=81,
+    fps=FPS,
+    max_num_inference_steps=100,
+    max_guidance_scale=20.0,
+    min_flow_shift=1.0,
+    max_flow_shift=20.0,
+    defaults=Defaults(
+        resolution="480p",
+        aspect_ratio="16:9",
+        num_frames=81,
+        fps=16,
+        num_inference_steps=50,
+        guidance_scale=6.0,
+        flow_shift=8.0,
+        negative_prompt=WAN_NEGATIVE_PROMPT,
+    ),
+)
+
+WAN_14B = WAN_1_3B.model_copy(
+    update={
+        "name": "wan2.1-t2v-14b",
+        "hub_id": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        "resolutions": _480P + _720P,
+        "defaults": WAN_1_3B.defaults.model_copy(
+            update={"resolution": "720p", "guidance_scale": 5.0, "flow_shift": 5.0}
+        ),
+    }
+)
+
+WAN_TINY = WAN_1_3B.model_copy(
+    update={
+        "name": "wan-tiny",
+        "hub_id": None,
+        "max_sequence_length": 128,
+        "resolutions": (
+            Resolution(name="64p", aspect_ratio="1:1", width=64, height=64),
+            Resolution(name="64p", aspect_ratio="16:9", width=112, height=64),
+            Resolution(name="64p", aspect_ratio="9:16", width=64, height=112),
+            Resolution(name="128p", aspect_ratio="1:1", width=128, height=128),
+        ),
+        "defaults": Defaults(
+            resolution="64p",
+            aspect_ratio="1:1",
+            num_frames=17,
+            fps=16,
+            num_inference_steps=12,
+            guidance_scale=2.0,
+            flow_shift=3.0,
+            negative_prompt="",
+        ),
+    }
+)
+
+PROFILES = {profile.name: profile for profile in (WAN_TINY, WAN_1_3B, WAN_14B)}

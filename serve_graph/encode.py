@@ -1,0 +1,89 @@
+"""Frames to an MP4 file: H.264, yuv420p, BT.709, the index in front (faststart). Knows nothing of models or stores."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import av
+import numpy as np
+import numpy.typing as npt
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+
+from schemas.errors import RenderFailed
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """x264's own words. One thread gives the same bytes on every machine."""
+
+    crf: int = 18
+    preset: str = "fast"
+    threads: int = 1
+
+
+class Mp4Writer:
+    """Writes one clip. Use as a context manager; without `close()` reached, the file is not a clip.
+
+    metadata goes into the file's `comment` as JSON: the model and the seed, never the prompt.
+    Raises: OSError from the file system, as it is; RenderFailed when the frames do not fit the clip.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        width: int,
+        height: int,
+        fps: int,
+        options: EncodeOptions,
+        metadata: dict[str, str | int],
+    ) -> None:
+        self._size = (height, width)
+        # faststart moves the index to the front when the file is closed; it needs a path, not a stream
+        self._container = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
+        self._container.metadata["comment"] = json.dumps(metadata, sort_keys=True)
+        stream = self._container.add_stream(
+            "libx264", rate=fps, options={"crf": str(options.crf), "preset": options.preset}
+        )
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        context = stream.codec_context
+        context.thread_count = options.threads
+        context.colorspace = Colorspace.ITU709
+        context.color_range = ColorRange.MPEG
+        context.color_primaries = ColorPrimaries.BT709
+        context.color_trc = ColorTrc.BT709
+        self._stream = stream
+        self.num_frames = 0
+
+    def write(self, frames: npt.NDArray[np.uint8]) -> None:
+        """Append (t, H, W, 3) uint8 RGB."""
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (*self._size, 3):
+            raise RenderFailed("the decoder gave frames that do not fit the clip")
+        for image in frames:
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
+                dst_color_primaries=ColorPrimaries.BT709,
+                dst_color_trc=ColorTrc.BT709,
+            )
+            frame.pts = self.num_frames
+            self._container.mux(self._stream.encode(frame))
+            self.num_frames += 1
+
+    def close(self) -> None:
+        """Flush the encoder and finish the file."""
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+
+    def __enter__(self) -> "Mp4Writer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._container.close()

@@ -1,0 +1,113 @@
+"""Loading a checkpoint in diffusers' layout, part by part, so that each deployment holds only what it runs."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKLWan, SchedulerMixin, WanTransformer3DModel
+from huggingface_hub import snapshot_download
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+
+from schemas.errors import ModelNotReady
+from schemas.model_profile import ModelProfile
+from serve_graph.engine.tiny_checkpoint import build_tiny_checkpoint
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+_LAYOUT = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+
+
+@dataclass(frozen=True)
+class GeneratorParts:
+    """What denoising and decoding need. `scheduler` is a template: each job gets one of its own."""
+
+    transformer: WanTransformer3DModel
+    vae: AutoencoderKLWan
+    scheduler: SchedulerMixin
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class TextParts:
+    """What text encoding needs."""
+
+    tokenizer: PreTrainedTokenizerBase
+    text_encoder: UMT5EncoderModel
+    device: torch.device
+
+
+def locate_checkpoint(profile: ModelProfile, path: Path | None, revision: str | None, cache: Path) -> Path:
+    """The folder that holds the checkpoint: `path` itself, the hub's snapshot, or the tiny one, made under `cache`.
+
+    Raises ModelNotReady, in one line that says what to do, when there is no such checkpoint.
+    """
+    if path is not None:
+        folder = path
+    elif profile.hub_id is not None:
+        folder = _download(profile.hub_id, revision)
+    else:
+        folder = build_tiny_checkpoint(cache)
+    missing = [name for name in _LAYOUT if not (folder / name).exists()]
+    if missing:
+        raise ModelNotReady(
+            f"the checkpoint of {profile.name} lacks {', '.join(missing)}: model.path must name a folder "
+            "in diffusers' layout"
+        )
+    return folder
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    try:
+        return Path(snapshot_download(hub_id, revision=revision))
+    except OSError as error:  # every hub and network error of huggingface_hub derives from it
+        raise ModelNotReady(
+            f"{hub_id} could not be fetched from the hub: download it elsewhere and set model.path to its folder"
+        ) from error
+
+
+def load_generator_parts(folder: Path, device: torch.device, dtype: str, vae_dtype: str) -> GeneratorParts:
+    """Load the transformer, the VAE and the scheduler's configuration."""
+    transformer = WanTransformer3DModel.from_pretrained(
+        folder / "transformer", torch_dtype=DTYPES[dtype], **_mapping(device)
+    )
+    vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=DTYPES[vae_dtype], **_mapping(device))
+    return GeneratorParts(
+        transformer=transformer.to(device).eval().requires_grad_(False),
+        vae=vae.to(device).eval().requires_grad_(False),
+        scheduler=load_scheduler(folder),
+        device=device,
+    )
+
+
+def load_scheduler(folder: Path) -> SchedulerMixin:
+    """The scheduler that the checkpoint names."""
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    scheduler_class: Any = getattr(diffusers, config["_class_name"])
+    return scheduler_class.from_config(config)  # type: ignore[no-any-return]  # chosen by name
+
+
+def load_text_parts(folder: Path, device: torch.device, dtype: str) -> TextParts:
+    """Load the tokeniser and the text encoder."""
+    text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=DTYPES[dtype])
+    return TextParts(
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        text_encoder=text_encoder.to(device).eval().requires_grad_(False),
+        device=device,
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one. Raises ModelNotReady for a GPU that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelNotReady(f"model.device is {name}, and torch sees no GPU: use cpu or auto")
+    return torch.device(name)
+
+
+def _mapping(device: torch.device) -> dict[str, bool]:
+    """On the CPU, weights read through a memory map are less aligned, which moves results by about 1e-7."""
+    return {"disable_mmap": device.type == "cpu"}

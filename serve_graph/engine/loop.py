@@ -1,0 +1,232 @@
+"""The engine: one thread that owns the device and takes its work one step or one decode chunk at a time.
+
+Jobs join and leave between two units of work. Whatever goes wrong inside a unit ends the jobs that caused it and
+no other: a shared forward that fails is tried again with each of its jobs alone. A unit that never returns, or a
+thread that died, makes `check` raise, so that whoever supervises the engine can replace the process.
+"""
+
+import gc
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from schemas.errors import JobCancelled, OutOfMemory, RenderFailed, ShuttingDown, WanError, WorkerLost
+from schemas.handoff import Started
+from schemas.jobs import Progress
+from serve_graph.engine.checkpoint import GeneratorParts
+from serve_graph.engine.decode import to_uint8
+from serve_graph.engine.denoise import denoise_step
+from serve_graph.engine.job import EngineJob, Failed
+from serve_graph.engine.pace import Pace
+from serve_graph.engine.policy import Decode, Step, next_work
+
+
+class EngineObserver:
+    """Told what the device does, on the device thread. This one does nothing; metrics subclass it."""
+
+    def stepped(self, batch_size: int, num_forwards: int, seconds: float) -> None:
+        """One step of `batch_size` jobs took `num_forwards` forwards (2 with guidance)."""
+
+    def in_flight(self, num_jobs: int) -> None:
+        """So many jobs hold a slot now."""
+
+    def wasted(self, num_steps: int) -> None:
+        """A job that had taken so many steps ended without a clip."""
+
+    def failed(self, error: BaseException) -> None:
+        """A unit of work raised; the job's own problem is derived from it."""
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """max_jobs_in_flight: slots. max_batch_tokens: latent tokens in one forward. text_length: padded text tokens."""
+
+    max_jobs_in_flight: int
+    max_batch_tokens: int
+    text_length: int
+    hang_timeout_s: float = 600.0
+
+
+class Engine:
+    """Runs jobs on one device. Every public method may be called from any thread and returns at once."""
+
+    def __init__(
+        self, parts: GeneratorParts, limits: EngineLimits, observer: EngineObserver | None = None
+    ) -> None:
+        self._parts = parts
+        self._limits = limits
+        self._max_batch_tokens = limits.max_batch_tokens
+        self._observer = observer or EngineObserver()
+        self._pace = Pace()
+        self._changed = threading.Condition()
+        self._waiting: deque[EngineJob] = deque()
+        self._in_flight: list[EngineJob] = []
+        self._closing = False
+        self._busy_since: float | None = None
+        self._thread = threading.Thread(target=self._run, name="wan-device", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: EngineJob) -> None:
+        """Queue a job; its events tell the rest. Raises ShuttingDown once closed, WorkerLost once dead."""
+        with self._changed:
+            if self._closing:
+                raise ShuttingDown("the engine is closing")
+            if not self._thread.is_alive():
+                raise WorkerLost("the device thread has died")
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def cancel(self, job_id: str) -> None:
+        """Stop a job before its next unit of work. Unknown and ended jobs are left alone."""
+        with self._changed:
+            for job in (*self._waiting, *self._in_flight):
+                if job.job_id == job_id:
+                    job.cancelled = True
+            self._changed.notify()
+
+    def check(self) -> None:
+        """Raise WorkerLost when the device thread is dead or hangs in a unit of work."""
+        if not self._thread.is_alive():
+            raise WorkerLost("the device thread has died")
+        busy_since = self._busy_since
+        if busy_since is not None and time.monotonic() - busy_since > self._limits.hang_timeout_s:
+            raise WorkerLost(f"the device has not answered for {self._limits.hang_timeout_s:g} s")
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Fail what is left with ShuttingDown and stop the thread after its current unit of work."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        ending: WanError = WorkerLost("the device thread has died")
+        try:
+            while self._wait_for_work():
+                work = next_work(self._in_flight, self._max_batch_tokens)
+                self._busy_since = time.monotonic()
+                if isinstance(work, Decode):
+                    self._decode(self._in_flight[work.index])
+                elif isinstance(work, Step):
+                    self._step([self._in_flight[i] for i in work.indices])
+                self._busy_since = None
+            ending = ShuttingDown("the engine is closing")
+        finally:
+            with self._changed:
+                left = [*self._in_flight, *self._waiting]
+                self._waiting.clear()
+            for job in left:
+                self._end(job, ending)
+
+    def _wait_for_work(self) -> bool:
+        """Block until there is work. Returns False when the engine closes."""
+        with self._changed:
+            while True:
+                if self._closing:
+                    return False
+                cancelled = [job for job in (*self._in_flight, *self._waiting) if job.cancelled]
+                self._waiting = deque(job for job in self._waiting if not job.cancelled)
+                slots = self._limits.max_jobs_in_flight - len(self._in_flight)
+                admitted = [self._waiting.popleft() for _ in range(min(slots, len(self._waiting)))]
+                if cancelled or admitted or self._in_flight:
+                    break
+                self._changed.wait()
+        for job in cancelled:
+            self._end(job, JobCancelled())
+        for job in admitted:
+            self._admit(job)
+        return True
+
+    def _admit(self, job: EngineJob) -> None:
+        self._in_flight.append(job)
+        self._observer.in_flight(len(self._in_flight))
+        job.notify(Started())
+        self._guarded([job], lambda: job.begin(self._parts, self._limits.text_length))
+
+    def _step(self, batch: Sequence[EngineJob]) -> None:
+        began = time.monotonic()
+        num_forwards = 0
+
+        def step() -> None:
+            nonlocal num_forwards
+            num_forwards = denoise_step(self._parts.transformer, [job.denoising for job in batch])
+
+        if not self._guarded(batch, step):
+            return
+        seconds = time.monotonic() - began
+        self._observer.stepped(len(batch), num_forwards, seconds)
+        self._pace.saw_step(batch[0].shape, seconds)
+        for job in batch:
+            self._tell_progress(job)
+            if job.denoising.is_done:
+                self._guarded([job], lambda job=job: job.begin_decoding(self._parts))  # type: ignore[misc]  # binds
+
+    def _decode(self, job: EngineJob) -> None:
+        began = time.monotonic()
+        if not self._guarded([job], lambda: job.sink.write(to_uint8(job.decoding.next_chunk()))):
+            return
+        self._pace.saw_chunk(job.shape, time.monotonic() - began)
+        self._tell_progress(job)
+        if job.decoding.is_done:
+            self._remove(job)
+            job.finish()
+
+    def _guarded(self, jobs: Sequence[EngineJob], unit: Callable[[], None]) -> bool:
+        """Run one unit of work for `jobs`. Returns whether it succeeded; a failure ends only who caused it."""
+        try:
+            unit()
+        except Exception as error:  # the boundary where a job's failure becomes the job's and nobody else's
+            self._observer.failed(error)
+            problem = as_problem(error)
+        else:
+            return True
+        if isinstance(problem, OutOfMemory):  # outside the handler, whose traceback holds on to tensors
+            self._shrink(jobs)
+        if len(jobs) == 1:
+            self._end(jobs[0], problem)
+        for job in jobs:
+            job.suspect = True
+        return False
+
+    def _shrink(self, jobs: Sequence[EngineJob]) -> None:
+        """After running out of memory: free what can be freed, and share less from now on."""
+        if len(jobs) > 1:
+            self._max_batch_tokens = sum(job.num_tokens for job in jobs) - 1
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _end(self, job: EngineJob, error: WanError) -> None:
+        self._remove(job)
+        self._observer.wasted(job.steps_done)
+        job.notify(Failed(error))
+
+    def _remove(self, job: EngineJob) -> None:
+        with self._changed:
+            if job in self._in_flight:
+                self._in_flight.remove(job)
+        self._observer.in_flight(len(self._in_flight))
+
+    def _tell_progress(self, job: EngineJob) -> None:
+        num_chunks = (job.parameters.num_frames - 1) // self._parts.vae.config.scale_factor_temporal + 1
+        steps, chunks = job.remaining(num_chunks)
+        if job.is_decoding:
+            stage, done, total = "decode", num_chunks - chunks, num_chunks
+        else:
+            stage, done, total = "denoise", job.denoising.step, job.denoising.num_steps
+        seconds_left = self._pace.seconds_left(job.shape, steps, chunks)
+        job.notify(Progress(stage=stage, step=done, steps=total, seconds_left=seconds_left))
+
+
+def as_problem(error: Exception) -> WanError:
+    """What a job's failure is called. torch has no type of its own for running out of memory on the CPU."""
+    if isinstance(error, WanError):
+        return error
+    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if out_of_memory or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+        return OutOfMemory()
+    return RenderFailed("the model failed on this job; the log has the reason under the job's id")
