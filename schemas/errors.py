@@ -10,6 +10,7 @@
     ├── BodyTooLarge            413  body-too-large
     ├── UrlInvalid              403  url-invalid          signature missing, tampered or not ours
     ├── UrlExpired              403  url-expired
+    ├── RangeNotSatisfiable     416  range-not-satisfiable
     ├── QueueFull               429  queue-full           Retry-After
     ├── JobCancelled            409  job-cancelled
     ├── Unavailable             503
@@ -206,6 +207,21 @@ class UrlExpired(WanError):
 
     def __init__(self, detail: str = "ask GET /outputs/{clip_id} for a new URL") -> None:
         super().__init__(detail)
+
+
+class RangeNotSatisfiable(WanError):
+    """The Range header asks for bytes behind the end. `args[0]` is the clip's size in bytes."""
+
+    name = "range-not-satisfiable"
+    title = "The range is not satisfiable"
+    status = 416
+
+    def __init__(self, size_bytes: int) -> None:
+        Exception.__init__(self, size_bytes)
+
+    @property
+    def detail(self) -> str:
+        return f"the clip has {self.args[0]} bytes"
 
 
 class QueueFull(WanError):

@@ -11,10 +11,18 @@ from schemas.requests import GenerationParameters
 
 
 @dataclass(frozen=True)
+class TextItem:
+    """One text to encode. solo: its bits must depend on the text alone, so it shares no forward."""
+
+    text: str
+    solo: bool
+
+
+@dataclass(frozen=True)
 class TextEmbedding:
     """The text encoder's rows for the real tokens of one text; padding is the engine's business.
 
-    values: (num_tokens, text_dim); for bfloat16, which numpy lacks, the bits as uint16.
+    values: (num_tokens, text_dim); for bfloat16, which numpy lacks, the bits as int16.
     solo: encoded alone, so its bits depend on the text only and a reproducible request may use it.
     """
 

@@ -1,7 +1,7 @@
 """Frames to an MP4 file: H.264, yuv420p, BT.709, the index in front (faststart). Knows nothing of models or stores."""
 
 import json
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -11,15 +11,7 @@ import numpy.typing as npt
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
 from schemas.errors import RenderFailed
-
-
-@dataclass(frozen=True)
-class EncodeOptions:
-    """x264's own words. One thread gives the same bytes on every machine."""
-
-    crf: int = 18
-    preset: str = "fast"
-    threads: int = 1
+from serve_graph.settings import EncodeSettings
 
 
 class Mp4Writer:
@@ -36,7 +28,7 @@ class Mp4Writer:
         width: int,
         height: int,
         fps: int,
-        options: EncodeOptions,
+        settings: EncodeSettings,
         metadata: dict[str, str | int],
     ) -> None:
         self._size = (height, width)
@@ -44,11 +36,11 @@ class Mp4Writer:
         self._container = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
         self._container.metadata["comment"] = json.dumps(metadata, sort_keys=True)
         stream = self._container.add_stream(
-            "libx264", rate=fps, options={"crf": str(options.crf), "preset": options.preset}
+            "libx264", rate=fps, options={"crf": str(settings.crf), "preset": settings.preset}
         )
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
-        context.thread_count = options.threads
+        context.thread_count = settings.num_threads
         context.colorspace = Colorspace.ITU709
         context.color_range = ColorRange.MPEG
         context.color_primaries = ColorPrimaries.BT709
@@ -74,8 +66,10 @@ class Mp4Writer:
 
     def close(self) -> None:
         """Flush the encoder and finish the file."""
-        self._container.mux(self._stream.encode(None))
-        self._container.close()
+        try:
+            self._container.mux(self._stream.encode(None))
+        finally:
+            self._container.close()
 
     def __enter__(self) -> "Mp4Writer":
         return self
@@ -86,4 +80,5 @@ class Mp4Writer:
         if kind is None:
             self.close()
         else:
-            self._container.close()
+            with suppress(av.FFmpegError):  # the file is given up; what was raised says why
+                self._container.close()

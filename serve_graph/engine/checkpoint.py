@@ -108,6 +108,13 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def resolve_dtype(name: str, device: torch.device) -> str:
+    """`auto` is bfloat16, Wan's own, on a GPU and float32 on the CPU."""
+    if name != "auto":
+        return name
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
 def _mapping(device: torch.device) -> dict[str, bool]:
     """On the CPU, weights read through a memory map are less aligned, which moves results by about 1e-7."""
     return {"disable_mmap": device.type == "cpu"}

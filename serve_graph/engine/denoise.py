@@ -73,7 +73,7 @@ def pad_embedding(embedding: TextEmbedding, text_length: int) -> torch.Tensor:
     """(num_tokens, text_dim) rows to (1, text_length, text_dim), zeros behind: Wan's cross-attention has no mask."""
     values = embedding.values
     if embedding.dtype == "bfloat16":
-        rows = torch.from_numpy(values.astype(np.int16, copy=True)).view(torch.bfloat16)
+        rows = torch.from_numpy(values.astype(np.int16)).view(torch.bfloat16)
     else:
         rows = torch.from_numpy(values.copy()).to(DTYPES[embedding.dtype])
     padded = rows.new_zeros(1, text_length, rows.shape[1])

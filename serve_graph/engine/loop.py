@@ -23,22 +23,7 @@ from serve_graph.engine.denoise import denoise_step
 from serve_graph.engine.job import EngineJob, Failed
 from serve_graph.engine.pace import Pace
 from serve_graph.engine.policy import Decode, Step, next_work
-
-
-class EngineObserver:
-    """Told what the device does, on the device thread. This one does nothing; metrics subclass it."""
-
-    def stepped(self, batch_size: int, num_forwards: int, seconds: float) -> None:
-        """One step of `batch_size` jobs took `num_forwards` forwards (2 with guidance)."""
-
-    def in_flight(self, num_jobs: int) -> None:
-        """So many jobs hold a slot now."""
-
-    def wasted(self, num_steps: int) -> None:
-        """A job that had taken so many steps ended without a clip."""
-
-    def failed(self, error: BaseException) -> None:
-        """A unit of work raised; the job's own problem is derived from it."""
+from serve_graph.metrics import GeneratorMetrics
 
 
 @dataclass(frozen=True)
@@ -52,15 +37,23 @@ class EngineLimits:
 
 
 class Engine:
-    """Runs jobs on one device. Every public method may be called from any thread and returns at once."""
+    """Runs jobs on one device. Every public method may be called from any thread and returns at once.
+
+    on_error: told, on the device thread, each exception that a unit of work raised and for which job.
+    """
 
     def __init__(
-        self, parts: GeneratorParts, limits: EngineLimits, observer: EngineObserver | None = None
+        self,
+        parts: GeneratorParts,
+        limits: EngineLimits,
+        metrics: GeneratorMetrics,
+        on_error: Callable[[str, BaseException], None] = lambda job_id, error: None,
     ) -> None:
         self._parts = parts
         self._limits = limits
         self._max_batch_tokens = limits.max_batch_tokens
-        self._observer = observer or EngineObserver()
+        self._metrics = metrics
+        self._on_error = on_error
         self._pace = Pace()
         self._changed = threading.Condition()
         self._waiting: deque[EngineJob] = deque()
@@ -143,7 +136,7 @@ class Engine:
 
     def _admit(self, job: EngineJob) -> None:
         self._in_flight.append(job)
-        self._observer.in_flight(len(self._in_flight))
+        self._metrics.set_jobs_in_flight(len(self._in_flight))
         job.notify(Started())
         self._guarded([job], lambda: job.begin(self._parts, self._limits.text_length))
 
@@ -158,7 +151,10 @@ class Engine:
         if not self._guarded(batch, step):
             return
         seconds = time.monotonic() - began
-        self._observer.stepped(len(batch), num_forwards, seconds)
+        self._metrics.step_done(seconds, len(batch))
+        self._metrics.forward_done("cond")
+        if num_forwards == 2:
+            self._metrics.forward_done("uncond")
         self._pace.saw_step(batch[0].shape, seconds)
         for job in batch:
             self._tell_progress(job)
@@ -180,7 +176,8 @@ class Engine:
         try:
             unit()
         except Exception as error:  # the boundary where a job's failure becomes the job's and nobody else's
-            self._observer.failed(error)
+            for job in jobs:
+                self._on_error(job.job_id, error)
             problem = as_problem(error)
         else:
             return True
@@ -202,14 +199,14 @@ class Engine:
 
     def _end(self, job: EngineJob, error: WanError) -> None:
         self._remove(job)
-        self._observer.wasted(job.steps_done)
+        self._metrics.steps_wasted(job.steps_done)
         job.notify(Failed(error))
 
     def _remove(self, job: EngineJob) -> None:
         with self._changed:
             if job in self._in_flight:
                 self._in_flight.remove(job)
-        self._observer.in_flight(len(self._in_flight))
+        self._metrics.set_jobs_in_flight(len(self._in_flight))
 
     def _tell_progress(self, job: EngineJob) -> None:
         num_chunks = (job.parameters.num_frames - 1) // self._parts.vae.config.scale_factor_temporal + 1

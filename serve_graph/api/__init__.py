@@ -1,0 +1,1 @@
+"""The HTTP API: a FastAPI application over the job service. Knows nothing of Ray, torch or the model."""

@@ -1,0 +1,47 @@
+"""Puts the API together: routes, problem documents, the request middleware, the OpenAPI document."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
+
+from schemas.model_profile import ModelProfile
+from serve_graph.api.clip_files import SignedClips, clip_file_routes
+from serve_graph.api.middleware import RequestMiddleware
+from serve_graph.api.problems import install_handlers
+from serve_graph.api.routes import Service, routes
+from serve_graph.metrics import IngressMetrics
+
+DESCRIPTION = """Wan 2.1 as a service: a prompt goes in, an MP4 clip lands in the store and comes back behind a
+URL that expires. Errors are RFC 9457 problem documents (`application/problem+json`)."""
+
+
+def create_api(
+    service: Service,
+    *,
+    profile: ModelProfile,
+    metrics: IngressMetrics,
+    max_body_bytes: int,
+    signed_clips: SignedClips | None = None,
+    on_shutdown: Callable[[], AbstractAsyncContextManager[None]] | None = None,
+) -> FastAPI:
+    """The application. signed_clips: where this service answers the store's presigned URLs itself."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if on_shutdown is None:
+            yield
+            return
+        async with on_shutdown():
+            yield
+
+    app: FastAPI = FastAPIOffline(
+        title="wan-serve", description=DESCRIPTION, version="0.1.0", redoc_url=None, lifespan=lifespan
+    )
+    install_handlers(app, profile)
+    app.include_router(routes(service, profile))
+    if signed_clips is not None:
+        app.include_router(clip_file_routes(signed_clips))
+    app.add_middleware(RequestMiddleware, metrics=metrics, max_body_bytes=max_body_bytes)
+    return app

@@ -1,0 +1,98 @@
+"""The bytes behind the local store's presigned URLs. An S3 store answers its own, and this route isn't there."""
+
+import asyncio
+import re
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Request
+from fastapi.responses import FileResponse, Response
+
+from schemas.errors import ClipNotFound, RangeNotSatisfiable
+from serve_graph.api.routes import problems
+from storage.keys import clip_key
+from storage.local import LocalStore
+from storage.signing import LocalPresigner
+from storage.store import InvalidKey, ObjectNotFound, ObjectStat, content_type
+
+_RANGE = re.compile(r"bytes=(?:(\d{1,18})-(\d{0,18})|-(\d{1,18}))")
+
+
+@dataclass(frozen=True)
+class SignedClips:
+    """The local store, what checks its URLs, and the pool for its blocking calls."""
+
+    store: LocalStore
+    presigner: LocalPresigner
+    executor: Executor
+
+
+def clip_file_routes(clips: SignedClips) -> APIRouter:
+    """`GET` and `HEAD` of `/outputs/{clip_id}/{name}`."""
+    router = APIRouter()
+
+    @router.api_route(
+        "/outputs/{clip_id}/{name}",
+        methods=["GET", "HEAD"],
+        response_class=Response,
+        responses={
+            200: {"content": {"video/mp4": {}}, "description": "The clip."},
+            206: {"content": {"video/mp4": {}}, "description": "The part of it that `Range` asks for."},
+            304: {"description": "`If-None-Match` names this clip."},
+            **problems(403, 404, 416, 422, 500, 503),
+        },
+    )
+    async def get_clip_file(
+        request: Request,
+        clip_id: Annotated[str, Path(examples=["clip_" + "0" * 32])],
+        name: Annotated[str, Path(examples=["0123456789abcdef.mp4"])],
+    ) -> Response:
+        """The bytes of a clip, for whoever has a URL that was signed for them and has not expired."""
+        key = _clip_key(clip_id, name)
+        disposition = clips.presigner.verify(request.method, key, request.query_params.multi_items())
+        stat = await _stat(clips, key)
+        etag = f'"{stat.etag}"'
+        headers = {"ETag": etag, "Cache-Control": "private, no-transform", "X-Content-Type-Options": "nosniff"}
+        if disposition is not None:
+            headers["Content-Disposition"] = disposition
+        if etag in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        _tidy_range(request, stat.size_bytes)
+        return FileResponse(clips.store.path(key), media_type=content_type(key), headers=headers)
+
+    return router
+
+
+def _clip_key(clip_id: str, name: str) -> str:
+    token, dot, suffix = name.rpartition(".")
+    if (dot, suffix) != (".", "mp4"):
+        raise ClipNotFound
+    try:
+        return clip_key(clip_id, token)
+    except InvalidKey as error:
+        raise ClipNotFound from error
+
+
+async def _stat(clips: SignedClips, key: str) -> ObjectStat:
+    try:
+        return await asyncio.get_running_loop().run_in_executor(clips.executor, clips.store.stat, key)
+    except ObjectNotFound as error:
+        raise ClipNotFound from error
+
+
+def _tidy_range(request: Request, size_bytes: int) -> None:
+    """Leave only a single range that can be answered; RFC 9110 lets a server ignore any other.
+
+    Raises RangeNotSatisfiable for a single range behind the end.
+    """
+    sent = request.headers.get("range")
+    if sent is None:
+        return
+    match = _RANGE.fullmatch(sent)
+    first, last, suffix = match.groups() if match else (None, None, None)
+    reversed_range = bool(first and last) and int(last) < int(first)
+    if match is None or reversed_range:
+        request.scope["headers"] = [(k, v) for k, v in request.scope["headers"] if k != b"range"]
+    elif (first and int(first) >= size_bytes) or (suffix and int(suffix) == 0):
+        raise RangeNotSatisfiable(size_bytes)

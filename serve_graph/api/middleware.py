@@ -1,0 +1,105 @@
+"""Around every request: its id, the bound on its body, its log line, its metrics, and the last resort for errors.
+
+Plain ASGI, since Starlette's `BaseHTTPMiddleware` hides a client's disconnect from the routes.
+"""
+
+import re
+import time
+import uuid
+from collections import deque
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from schemas.errors import BodyTooLarge, InternalError
+from serve_graph.api.context import begin_context
+from serve_graph.api.problems import problem_response
+from serve_graph.logs import log_failure, log_request
+from serve_graph.metrics import IngressMetrics
+
+REQUEST_ID_HEADER = "X-Request-ID"
+CLIENT_CLOSED_REQUEST = 499
+"""For the log and the metrics only: the client went away before there was an answer. Source: nginx."""
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class RequestMiddleware:
+    """Wraps the whole application; see the module's docstring."""
+
+    def __init__(self, app: ASGIApp, *, metrics: IngressMetrics, max_body_bytes: int) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request; passes anything but HTTP through."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.monotonic()
+        context = begin_context(scope, request_id_of(Headers(scope=scope).get(REQUEST_ID_HEADER)))
+        status = CLIENT_CLOSED_REQUEST
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = context.request_id
+            await send(message)
+
+        try:
+            body = await self._read_body(scope, receive)
+            await self._app(scope, _replay(body, receive), send_with_id)
+        except Exception as failure:  # the fourth handler: whatever got past the other three
+            if not isinstance(failure, BodyTooLarge):
+                log_failure("request_failed", failure, request_id=context.request_id)
+                failure = InternalError()
+            context.error = failure.name
+            if status != CLIENT_CLOSED_REQUEST:
+                raise  # half an answer is out; the server has to cut the connection
+            response = problem_response(failure.problem(request_id=context.request_id, job_id=context.job_id))
+            await response(scope, receive, send_with_id)
+        finally:
+            seconds = time.monotonic() - began
+            route = getattr(scope.get("route"), "path", None)
+            self._metrics.request_answered(route, scope["method"], status, seconds)
+            log_request(
+                request_id=context.request_id,
+                method=scope["method"],
+                route=route,
+                status=status,
+                duration_s=seconds,
+                job_id=context.job_id,
+                error=context.error,
+                prompt_hash=context.prompt_hash,
+                parameters=context.parameters,
+            )
+
+    async def _read_body(self, scope: Scope, receive: Receive) -> deque[Message]:
+        """The body's messages, held here so that its size is known before anything is parsed."""
+        announced = Headers(scope=scope).get("content-length", "")
+        if announced.isascii() and announced.isdigit() and int(announced[:12]) > self._max_body_bytes:
+            raise BodyTooLarge(self._max_body_bytes)
+        messages: deque[Message] = deque()
+        size = 0
+        while True:
+            message = await receive()
+            messages.append(message)
+            size += len(message.get("body", b""))
+            if size > self._max_body_bytes:
+                raise BodyTooLarge(self._max_body_bytes)
+            if not message.get("more_body", False):
+                return messages
+
+
+def request_id_of(sent: str | None) -> str:
+    """The client's request id where it is one, else a new one."""
+    return sent if sent is not None and _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+
+
+def _replay(messages: deque[Message], receive: Receive) -> Receive:
+    async def replay() -> Message:
+        return messages.popleft() if messages else await receive()
+
+    return replay

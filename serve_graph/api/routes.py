@@ -1,0 +1,169 @@
+"""The routes. Each one reads a request, asks the job service or the health monitor, and shapes the answer."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Header, Path, Request
+from fastapi.responses import JSONResponse, RedirectResponse, Response
+
+from schemas.clips import Clip
+from schemas.errors import PROBLEM_MEDIA_TYPE, Problem
+from schemas.health import Health
+from schemas.jobs import Job
+from schemas.model_profile import ModelProfile
+from schemas.requests import GenerateRequest
+from serve_graph.api.context import context_of
+from serve_graph.api.middleware import CLIENT_CLOSED_REQUEST
+from serve_graph.health import HealthMonitor
+from serve_graph.jobs import JobService
+from serve_graph.metrics import CONTENT_TYPE
+
+RESPOND_ASYNC = "respond-async"
+
+EXAMPLES = {
+    "prompt only": {"value": {"prompt": "a red circle moving left"}},
+    "one second, a seed, a short-lived URL": {
+        "value": {"prompt": "a red circle moving left", "duration": 1, "seed": 7, "url_ttl_s": 600}
+    },
+    "a size and a frame count": {
+        "value": {
+            "prompt": "a blue square standing still",
+            "resolution": "64p",
+            "aspect_ratio": "16:9",
+            "num_frames": 33,
+            "num_inference_steps": 20,
+            "guidance_scale": 3,
+        }
+    },
+}
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the routes need: jobs, health, and the metrics of all deployments as Prometheus text."""
+
+    jobs: JobService
+    health: HealthMonitor
+    metrics: Callable[[], Awaitable[bytes]]
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI entries for the problem documents that a route may answer with."""
+    content = {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"model": Problem, "content": content, "description": "A problem"} for status in statuses}
+
+
+def routes(service: Service, profile: ModelProfile) -> APIRouter:
+    """All routes but those of the local store's signed URLs."""
+    router = APIRouter()
+
+    @router.post(
+        "/generate",
+        response_model=Clip,
+        responses={
+            202: {"model": Job, "description": "With `Prefer: respond-async`: the job; `Location` names it."},
+            **problems(409, 413, 422, 429, 500, 503, 507),
+        },
+    )
+    async def generate(
+        request: Request,
+        body: Annotated[GenerateRequest, Body(openapi_examples=EXAMPLES)],  # type: ignore[arg-type]  # a TypedDict
+        prefer: Annotated[str | None, Header(description="`respond-async` answers at once.")] = None,
+    ) -> Response | Clip:
+        """Make one clip. Waits for it, unless `Prefer: respond-async` asks for the job instead."""
+        context = context_of(request.scope)
+        await service.health.require_ready()
+        record = await service.jobs.submit(body, context.request_id)
+        context.job_id = record.job_id
+        context.prompt_hash = record.prompt_hash
+        context.parameters = record.parameters
+        if wants_async(prefer):
+            job = await service.jobs.job(record.job_id)
+            headers = {"Location": f"/jobs/{record.job_id}", "Preference-Applied": RESPOND_ASYNC}
+            return JSONResponse(job.model_dump(mode="json"), status_code=202, headers=headers)
+        return await _wait_for_clip(service.jobs, request, record.job_id)
+
+    @router.get("/jobs/{job_id}", response_model=Job, responses=problems(404, 422, 500, 503))
+    async def get_job(job_id: Annotated[str, Path(examples=["job_" + "0" * 32])]) -> Job:
+        """How a job is doing, and its clip once it is done."""
+        return await service.jobs.job(job_id)
+
+    @router.api_route(
+        "/outputs/{clip_id}",
+        methods=["GET", "HEAD"],
+        status_code=307,
+        response_class=Response,
+        responses={307: {"description": "To a freshly signed URL."}, **problems(404, 422, 500, 503)},
+    )
+    async def get_output(clip_id: Annotated[str, Path(examples=["clip_" + "0" * 32])]) -> Response:
+        """Redirect to a freshly signed URL of the clip."""
+        signed = await service.jobs.clip_url(clip_id)
+        return RedirectResponse(signed.url, status_code=307, headers={"Cache-Control": "no-store"})
+
+    @router.get("/models", response_model=list[ModelProfile], responses=problems(500))
+    async def get_models() -> list[ModelProfile]:
+        """The model that is served, and what it may be asked for."""
+        return [profile]
+
+    @router.get(
+        "/health",
+        response_model=Health,
+        responses={503: {"model": Health, "description": "Not ready; `reason` says why."}, **problems(500)},
+    )
+    async def get_health() -> Response:
+        """Everything about the service's state. 503 while it can't render."""
+        health = await service.health.health()
+        return JSONResponse(health.model_dump(mode="json"), status_code=200 if health.status == "ok" else 503)
+
+    @router.get("/health/live", responses=problems(500))
+    async def get_live() -> dict[str, str]:
+        """Answers as long as the ingress runs."""
+        return {"status": "ok"}
+
+    @router.get("/health/ready", responses=problems(500, 503))
+    async def get_ready() -> dict[str, str]:
+        """Whether a request would be rendered now."""
+        await service.health.require_ready()
+        return {"status": "ok"}
+
+    @router.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {}}, "description": "Prometheus text."}, **problems(500)},
+    )
+    async def get_metrics() -> Response:
+        """The metrics of all deployments."""
+        return Response(await service.metrics(), media_type=CONTENT_TYPE)
+
+    return router
+
+
+def wants_async(prefer: str | None) -> bool:
+    """Whether a Prefer header holds `respond-async` (RFC 7240: a comma-separated list; parameters are ignored)."""
+    preferences = (prefer or "").split(",")
+    return any(preference.split(";")[0].strip().lower() == RESPOND_ASYNC for preference in preferences)
+
+
+async def _wait_for_clip(jobs: JobService, request: Request, job_id: str) -> Response | Clip:
+    """Wait for the clip; when the client goes away first, its job is cancelled."""
+    waiting = asyncio.ensure_future(jobs.wait(job_id))
+    leaving = asyncio.ensure_future(_client_gone(request))
+    try:
+        await asyncio.wait({waiting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            jobs.cancel(job_id)
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        return waiting.result()
+    except asyncio.CancelledError:
+        jobs.cancel(job_id)  # Ray Serve cancels the request of a client that went away
+        raise
+    finally:
+        leaving.cancel()
+        waiting.cancel()
+
+
+async def _client_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,22 @@
+"""The Serve application: the only place where deployments are bound to each other."""
+
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from serve_graph.generator import Generator, generator_options
+from serve_graph.ingress import Ingress, ingress_options
+from serve_graph.preprocessor import Preprocessor, preprocessor_options
+from serve_graph.settings import read_settings
+
+
+def build_app(args: dict[str, Any]) -> Application:
+    """The application builder that config files name: `import_path: serve_graph.app:build_app`.
+
+    args: see `settings.Settings`. Raises ConfigError.
+    """
+    settings = read_settings(args)
+    preprocessor = serve.deployment(**preprocessor_options(settings))(Preprocessor).bind(settings)
+    generator = serve.deployment(**generator_options(settings))(Generator).bind(settings)
+    return serve.deployment(**ingress_options(settings))(Ingress).bind(settings, preprocessor, generator)

@@ -1,0 +1,124 @@
+"""The Wan generator deployment: a thin shell over the engine and the renderer.
+
+torch and diffusers are imported on the replica: whoever only binds this class need not wait for them.
+"""
+
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import Metric
+from ray import serve
+
+from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask
+from schemas.health import GeneratorHealth, GpuHealth, ModelHealth
+from serve_graph.logs import configure_logging, log_event, log_failure
+from serve_graph.metrics import GeneratorMetrics, new_registry, snapshot
+from serve_graph.settings import Settings
+from serve_graph.stores import open_store
+
+if TYPE_CHECKING:
+    import torch
+
+class Generator:
+    """Loads the model, then renders clips until the process ends."""
+
+    def __init__(self, settings: Settings) -> None:
+        import torch
+
+        from serve_graph.engine import checkpoint
+        from serve_graph.engine.loop import Engine, EngineLimits
+        from serve_graph.render import Renderer
+
+        context = serve.get_replica_context()
+        self._replica = context.replica_id.unique_id
+        self._deployment = context.deployment
+        configure_logging(level=settings.log_level, deployment=self._deployment, replica=self._replica)
+        torch.set_num_threads(settings.engine.num_threads)
+        model, profile = settings.model, settings.profile
+        device = checkpoint.pick_device(model.device)
+        dtype = checkpoint.resolve_dtype(model.dtype, device)
+        folder = checkpoint.locate_checkpoint(profile, model.path, model.revision, settings.models_dir)
+        vae_dtype = checkpoint.resolve_dtype(model.vae_dtype, device)
+        parts = checkpoint.load_generator_parts(folder, device, dtype, vae_dtype)
+        self._device = device
+        self._registry = new_registry()
+        self._metrics = GeneratorMetrics(self._registry)
+        self._metrics.set_model(profile.name, model.revision, dtype, str(device))
+        self._last_error: str | None = None
+        limits = EngineLimits(
+            max_jobs_in_flight=settings.engine.max_jobs_in_flight,
+            max_batch_tokens=settings.engine.max_batch_tokens,
+            text_length=profile.max_sequence_length,
+            hang_timeout_s=settings.engine.hang_timeout_s,
+        )
+        self._engine = Engine(parts, limits, self._metrics, self._on_error)
+        self._renderer = Renderer(
+            self._engine,
+            open_store(settings).store,
+            model=profile.name,
+            spool=settings.spool_dir,
+            encode=settings.encode,
+            executor=ThreadPoolExecutor(max_workers=2 * settings.max_dispatched_jobs, thread_name_prefix="wan-encode"),
+            metrics=self._metrics,
+        )
+        self._model = ModelHealth(
+            profile=profile.name, revision=model.revision, loaded=True, dtype=dtype, device=str(device)
+        )
+        log_event("model_loaded", profile=profile.name, dtype=dtype, device=str(device))
+
+    async def render(self, task: RenderTask, prompt: PreparedPrompt) -> AsyncGenerator[RenderEvent, None]:
+        """Stream one clip's events; see `Renderer.render`."""
+        events = self._renderer.render(task, prompt)
+        try:
+            async for event in events:
+                yield event
+        finally:
+            await events.aclose()
+
+    async def health(self) -> GeneratorHealth:
+        """The model, its GPU and the last thing that went wrong."""
+        return GeneratorHealth(model=self._model, gpu=_gpu(self._device), last_error=self._last_error)
+
+    async def metrics_snapshot(self) -> tuple[str, str, list[Metric]]:
+        """This replica's metrics: (deployment, replica, families)."""
+        gpu = _gpu(self._device)
+        if gpu is not None:
+            self._metrics.set_device_memory_used(gpu.memory_used_bytes)
+        return self._deployment, self._replica, snapshot(self._registry)
+
+    def check_health(self) -> None:
+        """Called by Serve, which replaces the replica when this raises."""
+        self._engine.check()
+
+    def __del__(self) -> None:
+        engine = getattr(self, "_engine", None)
+        if engine is not None:
+            engine.close()
+
+    def _on_error(self, job_id: str, error: BaseException) -> None:
+        self._last_error = type(error).__name__
+        log_failure("engine_failed", error, job_id=job_id)
+
+
+def generator_options(settings: Settings) -> dict[str, Any]:
+    """Serve's options; the config file's `deployments` go over them. The engine queues, so Serve need not."""
+    uses_gpu = settings.model.device.startswith("cuda")
+    return {
+        "name": "Generator",
+        "max_ongoing_requests": settings.max_dispatched_jobs + 16,
+        "ray_actor_options": {"num_cpus": 0, "num_gpus": 1 if uses_gpu else 0},
+        "health_check_period_s": 5,
+        "graceful_shutdown_timeout_s": settings.queue.drain_timeout_s,
+    }
+
+
+def _gpu(device: "torch.device") -> GpuHealth | None:
+    import torch
+
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return GpuHealth(
+        name=torch.cuda.get_device_name(device), memory_total_bytes=total, memory_used_bytes=total - free
+    )

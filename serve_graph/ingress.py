@@ -1,0 +1,90 @@
+"""The ingress deployment: the FastAPI application over the job service, wired to the other two deployments."""
+
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from serve_graph.api.app import create_api
+from serve_graph.api.clip_files import SignedClips
+from serve_graph.api.routes import Service
+from serve_graph.health import HealthMonitor
+from serve_graph.jobs import JobService, QueueLimits
+from serve_graph.logs import configure_logging
+from serve_graph.metrics import IngressMetrics, merge, new_registry, snapshot
+from serve_graph.ray_worker import RayWorker
+from serve_graph.settings import Settings
+from serve_graph.stores import open_store
+from storage.job_records import JobRecords
+
+STORE_THREADS = 16
+
+
+@serve.ingress()
+class Ingress:
+    """Builds its application on the replica, where the environment's secrets are."""
+
+    def __init__(
+        self, settings: Settings, preprocessor: DeploymentHandle[Any], generator: DeploymentHandle[Any]
+    ) -> None:
+        context = serve.get_replica_context()
+        self._deployment, self._replica = context.deployment, context.replica_id.unique_id
+        configure_logging(level=settings.log_level, deployment=self._deployment, replica=self._replica)
+        self._settings = settings
+        self._worker = RayWorker(preprocessor, generator)
+        self._registry = new_registry()
+        self._metrics = IngressMetrics(self._registry)
+        executor = ThreadPoolExecutor(max_workers=STORE_THREADS, thread_name_prefix="wan-store")
+        opened = open_store(settings)
+        self._jobs = JobService(
+            profile=settings.profile,
+            worker=self._worker,
+            records=JobRecords(opened.store),
+            presigner=opened.presigner,
+            limits=QueueLimits(settings.queue.max_waiting_jobs, settings.max_dispatched_jobs),
+            default_url_ttl=settings.default_url_ttl,
+            hash_secret=opened.hash_secret,
+            metrics=self._metrics,
+            executor=executor,
+        )
+        self._health = HealthMonitor(settings, self._worker, opened.store, self._jobs.queue, executor)
+        self._signed_clips = SignedClips(opened.store, opened.presigner, executor)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201  # Serve's name for it
+        """The application, built once per replica."""
+        return create_api(
+            Service(self._jobs, self._health, self._exposition),
+            profile=self._settings.profile,
+            metrics=self._metrics,
+            max_body_bytes=self._settings.max_body_bytes,
+            signed_clips=self._signed_clips,
+            on_shutdown=self._drained,
+        )
+
+    async def _exposition(self) -> bytes:
+        own = (self._deployment, self._replica, snapshot(self._registry))
+        return merge([own, *await self._worker.snapshots()])
+
+    async def drain(self) -> None:
+        """Refuse new jobs and let the others end, within the configured limit."""
+        self._health.draining = True
+        await self._jobs.drain(self._settings.queue.drain_timeout_s)
+
+    @asynccontextmanager
+    async def _drained(self) -> AsyncIterator[None]:
+        yield
+        await self.drain()
+
+
+def ingress_options(settings: Settings) -> dict[str, Any]:
+    """Serve's options. Room for every waiting client, and for health, metrics and downloads beside them."""
+    return {
+        "name": "Ingress",
+        "max_ongoing_requests": settings.queue.max_waiting_jobs + settings.max_dispatched_jobs + 512,
+        "ray_actor_options": {"num_cpus": 0},
+        "graceful_shutdown_timeout_s": settings.queue.drain_timeout_s + 10,
+    }

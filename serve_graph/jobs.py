@@ -1,0 +1,359 @@
+"""The job service: admission, the record's life, progress, cancellation. Knows nothing of Ray, HTTP or models.
+
+Every generation is a job. `submit` checks and records it; from then on it runs as a task of its own, which
+outlives the request that asked for it. All durable truth is in the record (`storage.job_records`); what is kept
+here, progress above all, dies with the process. The rest of the graph is behind the `Worker` protocol.
+"""
+
+import asyncio
+import contextvars
+import time
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Executor
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from secrets import token_hex
+from typing import Any, Protocol, TypeVar
+
+from schemas.clips import Clip
+from schemas.errors import (
+    ClipNotFound,
+    InternalError,
+    JobCancelled,
+    JobNotFound,
+    Problem,
+    QueueFull,
+    RecordedFailure,
+    ShuttingDown,
+    WanError,
+    WorkerLost,
+)
+from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask, Started
+from schemas.health import QueueHealth
+from schemas.jobs import Job, JobRecord, JobState, Progress, RenderedClip, job_id_of, new_job_id
+from schemas.model_profile import ModelProfile
+from schemas.requests import GenerateRequest, GenerationParameters, url_ttl
+from serve_graph.logs import log_failure, log_job
+from serve_graph.metrics import IngressMetrics
+from serve_graph.prompts import prompt_hash
+from storage.job_records import JobRecords
+from storage.keys import clip_key
+from storage.store import InvalidKey, PresignedUrl, Presigner, StoreError
+
+T = TypeVar("T")
+
+MAX_RETRY_AFTER_S = 600
+
+
+class Worker(Protocol):
+    """The preprocessor and the generator, as the job service sees them."""
+
+    async def check(self, parameters: GenerationParameters) -> None:
+        """Raises PromptTooLong, for either text."""
+
+    async def prepare(self, parameters: GenerationParameters) -> PreparedPrompt:
+        """Encode both texts."""
+
+    def render(self, task: RenderTask, prompt: PreparedPrompt) -> AsyncGenerator[RenderEvent, None]:
+        """Render one clip; ends with the `RenderedClip`. Closing the iterator cancels the work."""
+
+
+@dataclass(frozen=True)
+class QueueLimits:
+    """max_waiting_jobs: beyond it, QueueFull. max_dispatched_jobs: handed to the worker at once."""
+
+    max_waiting_jobs: int
+    max_dispatched_jobs: int
+
+
+@dataclass
+class _LiveJob:
+    """A job that this process runs."""
+
+    record: JobRecord
+    etag: str
+    began: float
+    progress: Progress | None = None
+    started: bool = False
+    ending: bool = False
+    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+
+
+class JobService:
+    """Runs jobs for one ingress replica. All methods belong to one event loop."""
+
+    def __init__(
+        self,
+        *,
+        profile: ModelProfile,
+        worker: Worker,
+        records: JobRecords,
+        presigner: Presigner,
+        limits: QueueLimits,
+        default_url_ttl: timedelta,
+        hash_secret: bytes,
+        metrics: IngressMetrics,
+        executor: Executor,
+    ) -> None:
+        self._profile = profile
+        self._worker = worker
+        self._records = records
+        self._presigner = presigner
+        self._limits = limits
+        self._default_url_ttl = default_url_ttl
+        self._hash_secret = hash_secret
+        self._metrics = metrics
+        self._executor = executor
+        self._live: dict[str, _LiveJob] = {}
+        self._admitting = 0
+        self._draining = False
+        self._slots = asyncio.Semaphore(limits.max_dispatched_jobs)
+        self._mean_job_s: float | None = None
+        self._tell_metrics()
+
+    async def submit(self, request: GenerateRequest, request_id: str) -> JobRecord:
+        """Check a request, record its job and start it. Returns the record as it was created.
+
+        Raises InvalidRequest, PromptTooLong, QueueFull, ShuttingDown, StoreFull, StoreUnavailable; no job exists
+        then.
+        """
+        if self._draining:
+            raise ShuttingDown("the service is shutting down; send the request again elsewhere or later")
+        parameters = self._profile.resolve(request)
+        self._admit()
+        self._admitting += 1
+        try:
+            await self._worker.check(parameters)
+            record = JobRecord(
+                job_id=new_job_id(),
+                request_id=request_id,
+                state=JobState.QUEUED,
+                at={JobState.QUEUED: datetime.now(UTC)},
+                attempt_token=token_hex(8),
+                request=request,
+                parameters=parameters,
+                model=self._profile.name,
+                prompt_hash=prompt_hash(self._hash_secret, parameters.prompt),
+            )
+            etag = await self._io(self._records.create, record)
+        finally:
+            self._admitting -= 1
+        live = _LiveJob(record, etag, began=time.monotonic())
+        self._live[record.job_id] = live
+        # An empty context: Serve cancels what runs in a request's context when its client goes away.
+        live.task = asyncio.create_task(self._run(live), context=contextvars.Context())
+        self._tell_metrics()
+        return record
+
+    async def wait(self, job_id: str) -> Clip:
+        """Wait for a job of this process to end. Raises the problem it ended with."""
+        live = self._live.get(job_id)
+        if live is not None:
+            await live.ended.wait()
+            return self._clip(live.record)
+        record, _ = await self._io(self._records.get, job_id)
+        return self._clip(record)
+
+    async def job(self, job_id: str) -> Job:
+        """The job as clients see it, with progress when this process runs it. Raises JobNotFound."""
+        live = self._live.get(job_id)
+        record = live.record if live is not None else await self._record(job_id)
+        return Job(
+            job_id=record.job_id,
+            state=record.state,
+            created_at=record.at[JobState.QUEUED],
+            request_id=record.request_id,
+            progress=live.progress if live is not None else None,
+            clip=self._clip(record) if record.state is JobState.SUCCEEDED else None,
+            error=record.error,
+        )
+
+    async def clip_url(self, clip_id: str) -> PresignedUrl:
+        """A freshly signed URL for a finished clip. Raises ClipNotFound."""
+        try:
+            record = await self._record(job_id_of(clip_id))
+        except JobNotFound as error:
+            raise ClipNotFound from error
+        if record.result is None:
+            raise ClipNotFound
+        return self._presign(record, record.result)
+
+    def cancel(self, job_id: str) -> None:
+        """Cancel a job of this process, unless it has ended or its end is being recorded."""
+        live = self._live.get(job_id)
+        if live is not None and live.task is not None and not live.ending:
+            live.task.cancel()
+
+    def queue(self) -> QueueHealth:
+        """How full the service is."""
+        running = sum(live.started for live in self._live.values())
+        return QueueHealth(
+            waiting=len(self._live) - running + self._admitting,
+            running=running,
+            capacity=self._limits.max_waiting_jobs,
+        )
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new jobs, let those of this process end, and cancel what has not after `timeout_s`."""
+        self._draining = True
+        tasks = {job_id: live.task for job_id, live in self._live.items() if live.task is not None}
+        if not tasks:
+            return
+        _, late = await asyncio.wait(tasks.values(), timeout=timeout_s)
+        if late:
+            for job_id in list(self._live):
+                self.cancel(job_id)
+            await asyncio.wait(late)
+
+    def _admit(self) -> None:
+        waiting = self.queue().waiting
+        if waiting >= self._limits.max_waiting_jobs:
+            seconds = (self._mean_job_s or 1.0) * waiting / self._limits.max_dispatched_jobs
+            raise QueueFull(self._limits.max_waiting_jobs, min(MAX_RETRY_AFTER_S, max(1, round(seconds))))
+
+    async def _run(self, live: _LiveJob) -> None:
+        """A job from its slot to its end. The boundary where every failure becomes the job's."""
+        state, clip, error = JobState.FAILED, None, None
+        try:
+            async with self._slots:
+                clip = await self._render(live)
+            state = JobState.SUCCEEDED
+        except asyncio.CancelledError:
+            state, error = JobState.CANCELLED, JobCancelled().problem(job_id=live.record.job_id)
+        except Exception as failure:  # whatever it is, the job has to end
+            known = failure if isinstance(failure, WanError) else InternalError()
+            if known.status >= 500:
+                log_failure("job_failed", failure, job_id=live.record.job_id, request_id=live.record.request_id)
+            error = known.problem(job_id=live.record.job_id)
+        live.ending = True
+        try:
+            await self._end(live, state, clip, error)
+        finally:
+            self._live.pop(live.record.job_id, None)
+            live.ended.set()
+            self._tell_metrics()
+
+    async def _render(self, live: _LiveJob) -> RenderedClip:
+        taken = time.monotonic()
+        parameters = live.record.parameters
+        _, prompt = await asyncio.gather(
+            self._transition(live, JobState.PREPARING), self._worker.prepare(parameters)
+        )
+        prepared = time.monotonic()
+        task = RenderTask(
+            job_id=live.record.job_id,
+            request_id=live.record.request_id,
+            clip_key=clip_key(live.record.clip_id, live.record.attempt_token),
+            parameters=parameters,
+        )
+        started = prepared
+        async with aclosing(self._worker.render(task, prompt)) as events:
+            async for event in events:
+                if isinstance(event, Started):
+                    started = time.monotonic()
+                    live.started = True
+                    self._tell_metrics()
+                    await self._transition(live, JobState.RUNNING)
+                elif isinstance(event, Progress):
+                    live.progress = event
+                else:
+                    self._learn(time.monotonic() - started)
+                    queued_s = taken - live.began + started - prepared
+                    return _with_service_timings(event, queued_s, prepared - taken, time.monotonic() - live.began)
+        raise InternalError("the generator ended without a clip")
+
+    async def _end(
+        self, live: _LiveJob, state: JobState, result: RenderedClip | None, error: Problem | None
+    ) -> None:
+        """Record the end and tell the log and the metrics."""
+        try:
+            await self._transition(live, state, result=result, error=error)
+        except (WanError, StoreError) as failure:
+            # The waiter learns why; the record keeps the last state that could be written.
+            log_failure("record_failed", failure, job_id=live.record.job_id)
+            known = failure if isinstance(failure, WanError) else InternalError()
+            state, result, error = JobState.FAILED, None, known.problem(job_id=live.record.job_id)
+            live.record = live.record.model_copy(update={"state": state, "error": error})
+        seconds = time.monotonic() - live.began
+        timings = result.timings if result is not None else None
+        name = error.name if error is not None else ""
+        self._metrics.job_ended(state, seconds, error=name, timings=timings)
+        log_job(
+            request_id=live.record.request_id,
+            job_id=live.record.job_id,
+            state=state,
+            duration_s=seconds,
+            prompt_hash=live.record.prompt_hash,
+            parameters=live.record.parameters,
+            error=name or None,
+            timings=timings,
+        )
+
+    async def _transition(self, live: _LiveJob, state: JobState, **changes: Any) -> None:
+        """Compare-and-swap the record. A caller that is cancelled meanwhile leaves the write to finish."""
+
+        async def write() -> None:
+            async with live.writing:
+                live.record, live.etag = await self._io(
+                    lambda: self._records.transition(live.record, live.etag, state, **changes)
+                )
+
+        await asyncio.shield(write())
+
+    async def _record(self, job_id: str) -> JobRecord:
+        try:
+            record, _ = await self._io(self._records.get, job_id)
+        except InvalidKey as error:
+            raise JobNotFound from error
+        return record
+
+    def _clip(self, record: JobRecord) -> Clip:
+        if record.error is not None:
+            raise RecordedFailure(record.error)
+        if record.result is None:
+            raise WorkerLost("the process that ran this job is gone")
+        signed = self._presign(record, record.result)
+        parameters = record.parameters
+        return Clip(
+            clip_id=record.clip_id,
+            job_id=record.job_id,
+            request_id=record.request_id,
+            output_url=signed.url,
+            expires_at=signed.expires_at,
+            model=record.model,
+            duration=parameters.duration,
+            size_bytes=record.result.size_bytes,
+            sha256=record.result.sha256,
+            timings=record.result.timings,
+            **parameters.model_dump(),
+        )
+
+    def _presign(self, record: JobRecord, result: RenderedClip) -> PresignedUrl:
+        return self._presigner.presign(
+            result.key,
+            expires_in=url_ttl(record.request, self._default_url_ttl),
+            response_content_disposition=f'inline; filename="{record.clip_id}.mp4"',
+        )
+
+    def _learn(self, seconds: float) -> None:
+        self._mean_job_s = seconds if self._mean_job_s is None else 0.8 * self._mean_job_s + 0.2 * seconds
+
+    def _tell_metrics(self) -> None:
+        queue = self.queue()
+        self._metrics.set_queue(queue.waiting, queue.running, queue.capacity)
+
+    async def _io(self, call: Callable[..., T], *args: Any) -> T:
+        """Run a blocking store call on the bounded pool."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call, *args)
+
+
+def _with_service_timings(
+    clip: RenderedClip, queued_s: float, preprocess_s: float, total_s: float
+) -> RenderedClip:
+    timings = clip.timings.model_copy(
+        update={"queued": queued_s, "preprocess": preprocess_s, "total": total_s}
+    )
+    return clip.model_copy(update={"timings": timings})

@@ -1,0 +1,85 @@
+"""The prompt-preprocessing deployment: a thin shell over `text_encoding.TextEncoder`.
+
+torch and transformers are imported on the replica: whoever only binds this class need not wait for them.
+"""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from prometheus_client import Metric
+from ray import serve
+
+from schemas.handoff import PreparedPrompt, TextEmbedding, TextItem
+from schemas.requests import GenerationParameters
+from serve_graph.logs import configure_logging, log_event
+from serve_graph.metrics import PreprocessorMetrics, new_registry, snapshot
+from serve_graph.settings import Settings
+
+BATCH_WAIT_S = 0.0
+"""Text encoding is quick: whatever is queued when the encoder is free makes the next batch."""
+
+
+class Preprocessor:
+    """Counts tokens and encodes prompts, those that arrive together in one forward."""
+
+    def __init__(self, settings: Settings) -> None:
+        import torch
+
+        from serve_graph.engine import checkpoint
+        from serve_graph.text_encoding import TextEncoder
+
+        context = serve.get_replica_context()
+        self._replica = context.replica_id.unique_id
+        self._deployment = context.deployment
+        configure_logging(level=settings.log_level, deployment=self._deployment, replica=self._replica)
+        torch.set_num_threads(settings.text.num_threads)
+        profile, model = settings.profile, settings.model
+        device = checkpoint.pick_device(model.text_device)
+        folder = checkpoint.locate_checkpoint(profile, model.path, model.revision, settings.models_dir)
+        self._registry = new_registry()
+        self._encoder = TextEncoder(
+            checkpoint.load_text_parts(folder, device, checkpoint.resolve_dtype(model.text_dtype, device)),
+            profile.max_sequence_length,
+            settings.text.cache_bytes,
+            PreprocessorMetrics(self._registry),
+        )
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wan-text")
+        self._encode_batch.set_max_batch_size(settings.text.max_batch_size)  # type: ignore[attr-defined]  # by @batch
+        # The default negative prompt is in nearly every request; encoded alone, it serves reproducible ones too.
+        self._encoder.encode([TextItem(profile.defaults.negative_prompt, solo=True)])
+        log_event("text_encoder_loaded", device=str(device))
+
+    async def check(self, parameters: GenerationParameters) -> None:
+        """Raises PromptTooLong for the text that is."""
+        self._encoder.count_tokens("prompt", parameters.prompt)
+        if parameters.does_guidance:
+            self._encoder.count_tokens("negative_prompt", parameters.negative_prompt)
+
+    async def prepare(self, parameters: GenerationParameters) -> PreparedPrompt:
+        """Encode the prompt and, with guidance, the negative prompt."""
+        texts = [parameters.prompt] + ([parameters.negative_prompt] if parameters.does_guidance else [])
+        items = [TextItem(text, parameters.reproducible) for text in texts]
+        positive, *negative = await asyncio.gather(*(self._encode_batch(item) for item in items))
+        return PreparedPrompt(positive=positive, negative=negative[0] if negative else None)
+
+    @serve.batch(max_batch_size=8, batch_wait_timeout_s=BATCH_WAIT_S)
+    async def _encode_batch(self, items: list[TextItem]) -> list[TextEmbedding]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, self._encoder.encode, items)
+
+    async def health(self) -> None:
+        """Answering is all there is to it."""
+
+    async def metrics_snapshot(self) -> tuple[str, str, list[Metric]]:
+        """This replica's metrics: (deployment, replica, families)."""
+        return self._deployment, self._replica, snapshot(self._registry)
+
+
+def preprocessor_options(settings: Settings) -> dict[str, Any]:
+    """Serve's options; the config file's `deployments` go over them."""
+    return {
+        "name": "Preprocessor",
+        "max_ongoing_requests": settings.queue.max_waiting_jobs + settings.max_dispatched_jobs + 16,
+        "ray_actor_options": {"num_cpus": 0},
+    }

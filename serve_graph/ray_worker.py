@@ -1,0 +1,102 @@
+"""The preprocessor and the generator behind their Serve handles, as the job service and the monitor see them.
+
+Errors of our tree cross a handle as they are; what Ray itself raises becomes one of ours here.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from prometheus_client import Metric
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from schemas.errors import InternalError, ModelNotReady, QueueFull, WanError, WorkerLost
+from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask
+from schemas.health import GeneratorHealth
+from schemas.requests import GenerationParameters
+from serve_graph.logs import log_failure
+
+T = TypeVar("T")
+
+HEALTH_TIMEOUT_S = 2.0
+SNAPSHOT_TIMEOUT_S = 2.0
+
+Snapshots = list[tuple[str, str, list[Metric]]]
+
+
+class RayWorker:
+    """Implements `serve_graph.jobs.Worker` and `serve_graph.health.GeneratorProbe` over two handles."""
+
+    def __init__(self, preprocessor: DeploymentHandle[Any], generator: DeploymentHandle[Any]) -> None:
+        self._preprocessor = preprocessor
+        self._generator = generator
+
+    async def check(self, parameters: GenerationParameters) -> None:
+        """Count both texts' tokens. Raises PromptTooLong."""
+        async with _our_errors():
+            await self._preprocessor.check.remote(parameters)
+
+    async def prepare(self, parameters: GenerationParameters) -> PreparedPrompt:
+        """Encode both texts."""
+        async with _our_errors():
+            prepared: PreparedPrompt = await self._preprocessor.prepare.remote(parameters)
+            return prepared
+
+    async def render(self, task: RenderTask, prompt: PreparedPrompt) -> AsyncGenerator[RenderEvent, None]:
+        """Stream one clip's events; closing it cancels the work in the generator."""
+        async with _our_errors():
+            response = self._generator.options(stream=True).render.remote(task, prompt)
+            try:
+                async for event in response:
+                    yield event
+            finally:
+                response.cancel()
+
+    async def health(self) -> GeneratorHealth:
+        """Ask both deployments. Raises ModelNotReady when one does not answer in time."""
+        try:
+            async with _our_errors(), asyncio.timeout(HEALTH_TIMEOUT_S):
+                generator, _ = await asyncio.gather(
+                    _result(self._generator.health.remote()), _result(self._preprocessor.health.remote())
+                )
+                health: GeneratorHealth = generator
+                return health
+        except TimeoutError as error:
+            raise ModelNotReady("the model is loading, or its process is being replaced") from error
+
+    async def snapshots(self) -> Snapshots:
+        """Every replica's metrics; a replica that doesn't answer in time is left out of this scrape."""
+        found = await asyncio.gather(
+            *(
+                handle.broadcast("metrics_snapshot").results_async(
+                    timeout_s=SNAPSHOT_TIMEOUT_S, return_exceptions=True
+                )
+                for handle in (self._preprocessor, self._generator)
+            )
+        )
+        return [part for replicas in found for part in replicas if not isinstance(part, BaseException)]
+
+
+async def _result(response: Awaitable[T]) -> T:
+    return await response
+
+
+@asynccontextmanager
+async def _our_errors() -> AsyncIterator[None]:
+    try:
+        yield
+    except BackPressureError as error:
+        raise QueueFull(0, 1) from error
+    except DeploymentUnavailableError as error:
+        raise ModelNotReady("the model's deployment is not healthy") from error
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, WanError):
+            raise cause from None
+        log_failure("worker_failed", error)
+        raise InternalError from error
+    except (RayError, RayServeException) as error:
+        raise WorkerLost("the process that worked on this went away; send the request again", 1) from error

@@ -1,0 +1,238 @@
+"""One attempt at one clip, beside the model: frames from the engine into an MP4, the MP4 into the store.
+
+Only the object's key leaves. The MP4 grows in the spool folder while the engine decodes; encoding, hashing and
+uploading run on worker threads, off the device's and the event loop's. Knows nothing of Ray.
+"""
+
+import asyncio
+import hashlib
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from schemas.clips import Timings
+from schemas.errors import InternalError, JobCancelled, RenderFailed, WanError
+from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask, Started
+from schemas.jobs import Progress, RenderedClip
+from serve_graph.encode import Mp4Writer
+from serve_graph.engine.job import Denoised, EngineEvent, EngineJob, Failed, Finished
+from serve_graph.engine.loop import Engine
+from serve_graph.metrics import GeneratorMetrics
+from serve_graph.settings import EncodeSettings
+from storage.os_errors import store_errors
+from storage.store import ObjectStore
+
+PROGRESS_INTERVAL_S = 0.1
+"""Between two progress events of one job: no person sees more, and each costs a message between processes."""
+
+_MAX_QUEUED_CHUNKS = 2
+"""Decoded chunks that may wait for the encoder before the decoder waits for it."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A finished file and the seconds that the encoder worked on it."""
+
+    size_bytes: int
+    sha256: str
+    encode_s: float
+
+
+class ClipEncoder:
+    """The engine's frame sink: a queue of chunks and, from the first one on, a worker thread that encodes them."""
+
+    def __init__(self, writer: "Mp4Factory", executor: Executor) -> None:
+        self._writer = writer
+        self._executor = executor
+        self._changed = threading.Condition()
+        self._chunks: deque[npt.NDArray[np.uint8]] = deque()
+        self._complete = False
+        self._failure: WanError | None = None
+        self._encoding: Future[Encoded] | None = None
+
+    def write(self, frames: npt.NDArray[np.uint8]) -> None:
+        """Queue (t, H, W, 3) uint8 RGB; waits while the encoder lags. Raises what made the encoder stop."""
+        with self._changed:
+            if self._encoding is None:
+                self._encoding = self._executor.submit(self._encode)
+            self._changed.wait_for(lambda: len(self._chunks) < _MAX_QUEUED_CHUNKS or self._failure is not None)
+            if self._failure is not None:
+                raise self._failure
+            self._chunks.append(frames)
+            self._changed.notify_all()
+
+    async def complete(self) -> Encoded:
+        """Say that every frame was written, and wait for the file. Raises WanError."""
+        with self._changed:
+            self._complete = True
+            self._changed.notify_all()
+        if self._encoding is None:
+            raise RenderFailed("the decoder gave no frames")
+        return await asyncio.wrap_future(self._encoding)
+
+    async def stop(self) -> None:
+        """Let go of the file, finished or not. Nothing happens when the encoder has ended."""
+        with self._changed:
+            self._failure = self._failure or JobCancelled()
+            self._changed.notify_all()
+        if self._encoding is not None:
+            await asyncio.wait([asyncio.wrap_future(self._encoding)])
+
+    def _encode(self) -> Encoded:
+        busy_s = 0.0
+        try:
+            with store_errors(), self._writer.open() as mp4:
+                while (frames := self._next()) is not None:
+                    began = time.monotonic()
+                    mp4.write(frames)
+                    busy_s += time.monotonic() - began
+            began = time.monotonic()
+            with store_errors():
+                size_bytes, sha256 = _digest(self._writer.path)
+            return Encoded(size_bytes, sha256, busy_s + time.monotonic() - began)
+        except WanError as error:
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+            raise
+
+    def _next(self) -> npt.NDArray[np.uint8] | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._chunks or self._complete or self._failure is not None)
+            if self._failure is not None:
+                raise self._failure
+            frames = self._chunks.popleft() if self._chunks else None
+            self._changed.notify_all()
+            return frames
+
+
+@dataclass(frozen=True)
+class Mp4Factory:
+    """How to open the file of one clip."""
+
+    path: Path
+    task: RenderTask
+    model: str
+    encode: EncodeSettings
+
+    def open(self) -> Mp4Writer:
+        parameters = self.task.parameters
+        return Mp4Writer(
+            self.path,
+            width=parameters.width,
+            height=parameters.height,
+            fps=parameters.fps,
+            settings=self.encode,
+            metadata={"model": self.model, "seed": parameters.seed},
+        )
+
+
+class Renderer:
+    """Renders clips with one engine. Any number of `render` calls may run at once on one event loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: ObjectStore,
+        *,
+        model: str,
+        spool: Path,
+        encode: EncodeSettings,
+        executor: Executor,
+        metrics: GeneratorMetrics,
+    ) -> None:
+        self._engine = engine
+        self._store = store
+        self._model = model
+        self._spool = spool
+        self._settings = encode
+        self._executor = executor
+        self._metrics = metrics
+        spool.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    async def render(self, task: RenderTask, prompt: PreparedPrompt) -> AsyncGenerator[RenderEvent, None]:
+        """Render one clip. Yields `Started`, some `Progress` and at last the `RenderedClip`.
+
+        Closing or cancelling the iterator stops the job within one unit of the engine's work and leaves nothing
+        in the spool. Raises WanError: what went wrong with this clip.
+        """
+        with store_errors():
+            folder = tempfile.TemporaryDirectory(prefix=f"{task.job_id}-", dir=self._spool)
+        with folder:
+            factory = Mp4Factory(Path(folder.name) / "clip.mp4", task, self._model, self._settings)
+            encoder = ClipEncoder(factory, self._executor)
+            try:
+                async for event in self._run(task, prompt, encoder):
+                    if isinstance(event, Finished):
+                        encoded = await encoder.complete()
+                        yield await self._upload(task, factory.path, encoded, event)
+                    else:
+                        yield event
+            finally:
+                self._engine.cancel(task.job_id)
+                await asyncio.shield(encoder.stop())
+
+    async def _run(
+        self, task: RenderTask, prompt: PreparedPrompt, encoder: ClipEncoder
+    ) -> AsyncGenerator[Started | Progress | Finished, None]:
+        """The engine's events up to `Finished`, progress thinned out. Raises what `Failed` says."""
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[EngineEvent] = asyncio.Queue()
+
+        def tell(event: EngineEvent) -> None:
+            if not isinstance(event, Denoised):
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        self._engine.submit(EngineJob(task.job_id, task.parameters, prompt, encoder, tell))
+        next_progress = 0.0
+        while True:
+            event = await events.get()
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Progress):
+                if time.monotonic() < next_progress:
+                    continue
+                next_progress = time.monotonic() + PROGRESS_INTERVAL_S
+            if isinstance(event, Started | Progress | Finished):
+                yield event
+            if isinstance(event, Finished):
+                return
+
+    async def _upload(self, task: RenderTask, path: Path, encoded: Encoded, finished: Finished) -> RenderedClip:
+        began = time.monotonic()
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(
+                self._executor, lambda: self._store.put(task.clip_key, path, if_none_match=True)
+            )
+        except WanError as error:
+            self._metrics.upload_failed(error.name)
+            raise
+        except OSError as error:  # the spooled file is gone
+            self._metrics.upload_failed(InternalError.name)
+            raise InternalError from error
+        self._metrics.clip_uploaded(encoded.size_bytes)
+        return RenderedClip(
+            key=task.clip_key,
+            size_bytes=encoded.size_bytes,
+            sha256=encoded.sha256,
+            timings=Timings(
+                denoise=finished.denoise_s,
+                decode=finished.decode_s,
+                encode=encoded.encode_s,
+                upload=time.monotonic() - began,
+            ),
+        )
+
+
+def _digest(path: Path) -> tuple[int, str]:
+    with path.open("rb") as file:
+        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()

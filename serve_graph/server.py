@@ -1,0 +1,224 @@
+"""Runs a Serve config file in the foreground: Ray on loopback, the application, one line when ready, a clean stop.
+
+Ray is imported only after the environment that pins it is set.
+"""
+
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from serve_graph.logs import configure_logging, log_event
+from serve_graph.settings import ConfigError, Settings, read_settings
+
+IMPORT_PATH = "serve_graph.app:build_app"
+START_TIMEOUT_S = 1_800.0
+"""A 14B checkpoint from a cold disk takes minutes; a failed start ends sooner, by its own report."""
+
+_POLL_S = 0.1
+_STOP_MARGIN_S = 15.0
+
+
+class StartFailed(Exception):
+    """The application did not come up; the message says why."""
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """A validated config file: Serve's part as it is, and our application's settings."""
+
+    serve: dict[str, Any]
+    app_name: str
+    host: str
+    port: int
+    settings: Settings
+
+
+def load_config(path: Path, host: str | None = None, port: int | None = None) -> ServeConfig:
+    """Read a Serve config file. Raises ConfigError, in one line that names what is wrong."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no config file {path}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} can't be read") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold a mapping")
+    applications = raw.get("applications")
+    ours = [app for app in applications or [] if isinstance(app, dict) and app.get("import_path") == IMPORT_PATH]
+    if len(ours) != 1:
+        raise ConfigError(f"{path} must list one application with import_path: {IMPORT_PATH}")
+    http = {"host": "127.0.0.1", "port": 8000, **(raw.get("http_options") or {})}
+    http |= {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    raw["http_options"] = http
+    url_host = "127.0.0.1" if http["host"] in {"0.0.0.0", "::"} else http["host"]  # noqa: S104  # compared only
+    settings = read_settings(ours[0].get("args") or {}, public_url=f"http://{url_host}:{http['port']}")
+    ours[0]["args"] = settings.model_dump(mode="json")
+    return ServeConfig(raw, ours[0].get("name", "default"), http["host"], http["port"], settings)
+
+
+def serve_forever(config: ServeConfig) -> None:
+    """Start, say when ready, and serve until SIGINT or SIGTERM. Raises ConfigError, StartFailed."""
+    _check_port(config.host, config.port)
+    configure_logging(level=config.settings.log_level)
+    stopping = threading.Event()
+    began = time.monotonic()
+    # twice: Ray puts a handler of its own over ours, which prints a stack
+    with _signals(stopping), _ray(config.settings), _signals(stopping):
+        log_event("starting", profile=config.settings.model.profile, storage=config.settings.storage.kind)
+        try:
+            _deploy(config, stopping)
+            if not stopping.is_set():
+                base = config.settings.public_url
+                print(
+                    f"ready in {time.monotonic() - began:.1f} s: {base}  docs {base}/docs  "
+                    f"health {base}/health  metrics {base}/metrics",
+                    flush=True,
+                )
+                stopping.wait()
+        finally:
+            log_event("stopping")
+            _stop(config)
+    log_event("stopped")
+
+
+def _check_port(host: str, port: int) -> None:
+    """Serve's proxy would share a taken port silently (SO_REUSEPORT), so look first."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise StartFailed(
+                f"port {port} on {host} is taken: stop what listens there, or choose another with --port"
+            ) from error
+
+
+@contextmanager
+def _signals(stopping: threading.Event) -> Iterator[None]:
+    """The first SIGINT or SIGTERM asks for a clean stop; a second SIGINT is the usual KeyboardInterrupt."""
+
+    def ask(number: int, frame: object) -> None:
+        stopping.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _ray(settings: Settings) -> Iterator[None]:
+    """A Ray of our own on loopback, with token authentication and no usage statistics."""
+    os.environ.update(
+        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # everything on 127.0.0.1, whatever the machine's address
+        RAY_USAGE_STATS_ENABLED="0",
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN_PATH=str(_token_file(settings.data_dir)),
+        RAY_SERVE_ENABLE_CPU_PROFILING="0",
+    )
+    import ray
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher as worker_output
+
+    ray.init(
+        address="local",
+        namespace="serve",
+        include_dashboard=False,
+        configure_logging=False,
+        log_to_driver=True,
+    )
+    worker_output.remove_handler("ray_print_logs")
+    worker_output.add_handler("wan", _forward_log_lines)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _token_file(data_dir: Path) -> Path:
+    """Ray's token: made for this start, readable by this user only."""
+    folder = data_dir / "run"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = folder / "ray-token"
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+    return path
+
+
+def _forward_log_lines(batch: dict[str, Any]) -> None:
+    """Our replicas' JSON lines go to stderr as they are; Ray's own talk stays in its session's log files."""
+    for line in batch.get("lines", ()):
+        if line.startswith('{"time": '):
+            print(line, file=sys.stderr, flush=True)
+
+
+def _deploy(config: ServeConfig, stopping: threading.Event) -> None:
+    """Hand the file to Serve and wait until its application runs. Raises StartFailed with its report."""
+    from pydantic import ValidationError
+    from ray import serve
+    from ray.serve._private.api import serve_start
+    from ray.serve.config import ProxyLocation
+    from ray.serve.schema import ApplicationStatus, ServeDeploySchema
+
+    try:
+        schema = ServeDeploySchema.model_validate(config.serve)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"the config file's {name}: {first['msg']}") from error
+    client = serve_start(
+        http_options=schema.http_options.model_dump(),
+        proxy_location=ProxyLocation(schema.proxy_location),
+        global_logging_config=schema.logging_config,
+    )
+    client.deploy_apps(schema)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not stopping.wait(_POLL_S):
+        app = serve.status().applications.get(config.app_name)
+        if app is not None and app.status == ApplicationStatus.RUNNING:
+            return
+        failed = app is not None and app.status in {
+            ApplicationStatus.DEPLOY_FAILED,
+            ApplicationStatus.UNHEALTHY,
+        }
+        if failed or time.monotonic() > deadline:
+            raise StartFailed(_report(app))
+
+
+def _report(app: Any) -> str:
+    """The last line of what went wrong: the exception itself, without the traceback above it."""
+    messages = [app.message, *(part.message for part in app.deployments.values())] if app is not None else []
+    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
+    told = [line for line in lines if "Error" in line or line.startswith(("schemas.errors.", "serve_graph."))]
+    return (told or lines or ["the application did not start in time"])[-1]
+
+
+def _stop(config: ServeConfig) -> None:
+    """Let running jobs end within the drain limit, then take everything down."""
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    limit_s = config.settings.queue.drain_timeout_s + _STOP_MARGIN_S
+    try:
+        serve.get_app_handle(config.app_name).drain.remote().result(timeout_s=limit_s)
+    except (RayServeException, TimeoutError):
+        log_event("not_drained")
+    serve.delete(config.app_name)
+    serve.shutdown()

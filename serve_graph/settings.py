@@ -1,0 +1,198 @@
+"""The configuration: a Serve config file's `args`, environment variables (`WAN_…`) over it, secrets beside it.
+
+An environment variable names a setting by its path, with two underscores between the parts, in any case:
+`WAN_MODEL__PROFILE` is `model.profile`. Whatever is unknown, in the file or the environment, is refused by name.
+"""
+
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from schemas.model_profile import ModelProfile
+from schemas.official_profiles import PROFILES
+from schemas.requests import MAX_URL_TTL_S, MIN_URL_TTL_S
+
+ENV_PREFIX = "WAN_"
+SECRET_NAMES = frozenset({"WAN_SIGNING_SECRET"})
+
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+class ConfigError(Exception):
+    """The configuration is wrong; the message is for the person who wrote it."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSettings(_Section):
+    """Which checkpoint, and where its parts run."""
+
+    profile: str = Field(default="wan-tiny", description="A profile's name: " + ", ".join(PROFILES) + ".")
+    path: Path | None = Field(
+        default=None, description="A checkpoint in diffusers' layout; else the profile's own."
+    )
+    revision: str | None = Field(default=None, description="The hub's revision, where the profile has a hub id.")
+    device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or `cuda:N`; for the generator.")
+    dtype: Dtype = Field(default="auto", description="Of the transformer; `auto`: bfloat16 on a GPU.")
+    vae_dtype: Dtype = Field(default="float32", description="Of the VAE.")
+    text_device: str = Field(default="cpu", description="Where the text encoder runs.")
+    text_dtype: Dtype = Field(default="auto", description="Of the text encoder.")
+
+    @model_validator(mode="after")
+    def _known_profile(self) -> "ModelSettings":
+        if self.profile not in PROFILES:
+            raise ValueError(f"there is no profile {self.profile!r}; there are {', '.join(PROFILES)}")
+        return self
+
+
+class StorageSettings(_Section):
+    """Where clips and job records live."""
+
+    kind: Literal["local"] = Field(default="local", description="A folder on this machine.")
+    folder: Path = Field(default=Path("data/store"), description="Made when it is missing.")
+
+
+class QueueSettings(_Section):
+    """Admission: who may wait, and how many are under way."""
+
+    max_waiting_jobs: int = Field(default=256, ge=1, description="Beyond it, requests get a 429.")
+    prefetch: int = Field(
+        default=2, ge=0, description="Jobs handed to the generator beyond its slots, so that it never idles."
+    )
+    drain_timeout_s: float = Field(default=60.0, ge=0, description="How long running jobs may finish at a stop.")
+
+
+class EngineSettings(_Section):
+    """The step loop."""
+
+    max_jobs_in_flight: int = Field(default=8, ge=1, description="Slots of one generator.")
+    max_batch_tokens: int = Field(default=1_024, ge=1, description="Latent tokens that share one forward.")
+    num_threads: int = Field(default=1, ge=1, description="CPU threads of one forward.")
+    hang_timeout_s: float = Field(
+        default=600.0, gt=0, description="A step or chunk that takes longer counts as hung; the replica is replaced."
+    )
+
+
+class EncodeSettings(_Section):
+    """The MP4 encoder (x264)."""
+
+    crf: int = Field(default=18, ge=0, le=51, description="Constant rate factor; lower is better and larger.")
+    preset: str = Field(default="fast", description="x264's preset.")
+    num_threads: int = Field(default=1, ge=1, description="x264's threads; 1 gives the same bytes everywhere.")
+
+
+class TextSettings(_Section):
+    """Prompt preprocessing."""
+
+    cache_bytes: int = Field(default=64 * 2**20, ge=0, description="Embeddings kept, least recently used out first.")
+    max_batch_size: int = Field(default=8, ge=1, description="Prompts encoded in one forward.")
+    num_threads: int = Field(default=1, ge=1, description="CPU threads of the text encoder.")
+
+
+class Settings(BaseSettings):
+    """Everything but secrets; safe to hand to a deployment, to log and to show."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True, protected_namespaces=()
+    )
+
+    data_dir: Path = Field(default=Path("data"), description="Checkpoints made here, and unfinished clips.")
+    public_url: str | None = Field(
+        default=None, description="What clients call this service; local clips' URLs begin with it."
+    )
+    url_ttl_s: int = Field(
+        default=3_600, ge=MIN_URL_TTL_S, le=MAX_URL_TTL_S, description="Seconds that a URL works by default."
+    )
+    max_body_bytes: int = Field(default=64 * 1024, ge=1_024, description="Larger request bodies get a 413.")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    model: ModelSettings = ModelSettings()
+    storage: StorageSettings = StorageSettings()
+    queue: QueueSettings = QueueSettings()
+    engine: EngineSettings = EngineSettings()
+    encode: EncodeSettings = EncodeSettings()
+    text: TextSettings = TextSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment wins over the file."""
+        return env_settings, init_settings
+
+    @property
+    def profile(self) -> ModelProfile:
+        return PROFILES[self.model.profile]
+
+    @property
+    def default_url_ttl(self) -> timedelta:
+        return timedelta(seconds=self.url_ttl_s)
+
+    @property
+    def max_dispatched_jobs(self) -> int:
+        """Jobs that one generator has at once: its slots and the few that wait behind them."""
+        return self.engine.max_jobs_in_flight + self.queue.prefetch
+
+    @property
+    def spool_dir(self) -> Path:
+        return self.data_dir / "spool"
+
+    @property
+    def models_dir(self) -> Path:
+        return self.data_dir / "models"
+
+
+class Secrets(BaseSettings):
+    """From the environment only; each process reads its own and none is ever handed on."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="ignore", frozen=True)
+
+    signing_secret: SecretStr | None = None
+
+
+def read_settings(args: Mapping[str, Any], public_url: str | None = None) -> Settings:
+    """Settings from a config file's `args` with the environment over them, relative folders made absolute.
+
+    public_url: used where neither names one. Raises ConfigError, one line per mistake, with the setting's name.
+    """
+    _refuse_unknown_variables()
+    try:
+        settings = Settings(**args)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_in_words(mistake) for mistake in error.errors())) from error
+    except TypeError as error:
+        raise ConfigError("args must be a mapping with string keys") from error
+    storage = settings.storage.model_copy(update={"folder": settings.storage.folder.absolute()})
+    model = settings.model
+    if model.path is not None:
+        model = model.model_copy(update={"path": model.path.absolute()})
+    update = {"data_dir": settings.data_dir.absolute(), "storage": storage, "model": model}
+    if settings.public_url is None:
+        update["public_url"] = public_url
+    return settings.model_copy(update=update)
+
+
+def _refuse_unknown_variables() -> None:
+    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    for name in os.environ:
+        head = name.upper().split("__")[0]
+        if head.startswith(ENV_PREFIX) and head not in known and name.upper() not in SECRET_NAMES:
+            raise ConfigError(f"unknown environment variable {name}")
+
+
+def _in_words(mistake: Any) -> str:
+    name = ".".join(str(part) for part in mistake["loc"])
+    if mistake["type"] == "extra_forbidden":
+        return f"unknown setting {name}"
+    return f"{name}: {mistake['msg']}"
