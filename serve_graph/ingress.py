@@ -61,6 +61,7 @@ class Ingress:
             profile=self._settings.profile,
             metrics=self._metrics,
             max_body_bytes=self._settings.max_body_bytes,
+            echo_request_id=False,  # Serve's proxy does, see serve_graph.proxy
             signed_clips=self._signed_clips,
             on_shutdown=self._drained,
         )

@@ -3,6 +3,7 @@
 Ray is imported only after the environment that pins it is set.
 """
 
+import logging
 import os
 import secrets
 import signal
@@ -18,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from serve_graph.proxy import CALLBACK
 from serve_graph.logs import configure_logging, log_event
 from serve_graph.settings import ConfigError, Settings, read_settings
 
@@ -130,11 +132,12 @@ def _ray(settings: Settings) -> Iterator[None]:
         RAY_USAGE_STATS_ENABLED="0",
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN_PATH=str(_token_file(settings.data_dir)),
-        RAY_SERVE_ENABLE_CPU_PROFILING="0",
+        RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=CALLBACK,
     )
     import ray
     from ray._private.ray_logging import global_worker_stdstream_dispatcher as worker_output
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(
         address="local",
         namespace="serve",
@@ -220,5 +223,4 @@ def _stop(config: ServeConfig) -> None:
         serve.get_app_handle(config.app_name).drain.remote().result(timeout_s=limit_s)
     except (RayServeException, TimeoutError):
         log_event("not_drained")
-    serve.delete(config.app_name)
-    serve.shutdown()
+    serve.delete(config.app_name)  # lets requests end; the caller's ray.shutdown() ends the rest

@@ -78,8 +78,8 @@ def _read(path: Path) -> bytes:
         mode = os.fstat(descriptor).st_mode
         if stat.S_IMODE(mode) & 0o077:
             raise ValueError(
-                f"{FILE_NAME} in the storage folder can be read by others: give it mode 0600, or delete it and "
-                "lose the URLs signed so far; where modes don't hold, configure the secret"
+                f"{FILE_NAME} in the storage folder can be read by others: give it mode 0600, or delete it "
+                "and lose the URLs signed so far; where modes don't hold, configure the secret"
             )
         secret = file.read(SECRET_BYTES + 1)
     if len(secret) != SECRET_BYTES:

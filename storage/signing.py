@@ -3,7 +3,7 @@
     {public_url}/outputs/{clip_id}/{attempt_token}.mp4?expires=…[&response-content-disposition=…]&signature=…
 
 The signature is HMAC-SHA256 over the method, the key, the expiry (unix seconds) and the response header,
-written as a JSON list, which reads in one way only. Hex, since base64 has several spellings of the same bytes.
+written as a JSON list, which reads in one way only. Hex, since base64 spells the same bytes in several ways.
 """
 
 import hashlib

@@ -23,6 +23,7 @@ def create_api(
     profile: ModelProfile,
     metrics: IngressMetrics,
     max_body_bytes: int,
+    echo_request_id: bool = True,
     signed_clips: SignedClips | None = None,
     on_shutdown: Callable[[], AbstractAsyncContextManager[None]] | None = None,
 ) -> FastAPI:
@@ -43,5 +44,5 @@ def create_api(
     app.include_router(routes(service, profile))
     if signed_clips is not None:
         app.include_router(clip_file_routes(signed_clips))
-    app.add_middleware(RequestMiddleware, metrics=metrics, max_body_bytes=max_body_bytes)
+    app.add_middleware(RequestMiddleware, metrics=metrics, max_body_bytes=max_body_bytes, echo_request_id=echo_request_id)
     return app

@@ -3,9 +3,7 @@
 Plain ASGI, since Starlette's `BaseHTTPMiddleware` hides a client's disconnect from the routes.
 """
 
-import re
 import time
-import uuid
 from collections import deque
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -14,23 +12,27 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from schemas.errors import BodyTooLarge, InternalError
 from serve_graph.api.context import begin_context
 from serve_graph.api.problems import problem_response
+from serve_graph.api.request_id import REQUEST_ID_HEADER, request_id_of
 from serve_graph.logs import log_failure, log_request
 from serve_graph.metrics import IngressMetrics
 
-REQUEST_ID_HEADER = "X-Request-ID"
 CLIENT_CLOSED_REQUEST = 499
 """For the log and the metrics only: the client went away before there was an answer. Source: nginx."""
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-
 
 class RequestMiddleware:
-    """Wraps the whole application; see the module's docstring."""
+    """Wraps the whole application; see the module's docstring.
 
-    def __init__(self, app: ASGIApp, *, metrics: IngressMetrics, max_body_bytes: int) -> None:
+    echo_request_id: put the id on the answer; off where a proxy in front does.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, metrics: IngressMetrics, max_body_bytes: int, echo_request_id: bool
+    ) -> None:
         self._app = app
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
+        self._echo_request_id = echo_request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; passes anything but HTTP through."""
@@ -45,7 +47,8 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = context.request_id
+                if self._echo_request_id:
+                    MutableHeaders(scope=message)[REQUEST_ID_HEADER] = context.request_id
             await send(message)
 
         try:
@@ -91,11 +94,6 @@ class RequestMiddleware:
                 raise BodyTooLarge(self._max_body_bytes)
             if not message.get("more_body", False):
                 return messages
-
-
-def request_id_of(sent: str | None) -> str:
-    """The client's request id where it is one, else a new one."""
-    return sent if sent is not None and _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
 
 
 def _replay(messages: deque[Message], receive: Receive) -> Receive:

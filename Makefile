@@ -1,0 +1,53 @@
+# `make help` lists the targets. Each one that needs the environment makes it first; a stamp file says it is there.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CONFIG ?= configs/local.yaml
+# Extra arguments for pip, such as an index of CPU-only torch wheels: see the README's "A CPU-only torch".
+PIP_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo serve test lint typecheck check format bench clean
+
+help: ## List the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+install: $(STAMP) ## Make the environment in .venv
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "wan-serve needs Python 3.11 or newer: make PYTHON=/path/to/python"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## Start the service, make one clip (out/demo.mp4, out/demo.png), stop the service
+	@$(BIN)/wan-serve demo --config $(CONFIG)
+
+serve: $(STAMP) ## Run the service on 127.0.0.1:8000 until Ctrl-C
+	@exec $(BIN)/wan-serve serve --config $(CONFIG)
+
+test: $(STAMP) ## Run all tests, with real Ray and real diffusers
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP) ## Lint, and check the format and the import layers; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+typecheck: $(STAMP) ## Check the types (mypy, strict)
+	$(BIN)/mypy
+
+check: lint typecheck ## Everything that CI checks before the tests
+
+format: $(STAMP) ## Fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## Measure; writes benchmarks/results/
+	$(BIN)/python -m benchmarks.run
+
+clean: ## Remove the environment, the data folder and everything built
+	rm -rf $(VENV) data out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

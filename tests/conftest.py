@@ -1,0 +1,279 @@
+"""Fixtures that several suites share: the tiny Wan, made of diffusers' and transformers' real classes, on the CPU.
+
+torch and diffusers are imported inside the fixtures: a test that asks for none of them runs without either.
+The parts are loaded once per session and shared, so a test that hooks into a module takes its hook off again.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pytest
+
+from schemas.handoff import PreparedPrompt, TextItem
+from schemas.official_profiles import WAN_TINY
+from schemas.requests import GenerationParameters
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+    from diffusers import WanPipeline
+    from prometheus_client import CollectorRegistry
+
+    from serve_graph.engine.checkpoint import GeneratorParts, TextParts
+    from serve_graph.engine.job import EngineEvent, EngineJob
+    from serve_graph.engine.loop import Engine
+    from serve_graph.metrics import GeneratorMetrics
+    from serve_graph.text_encoding import TextEncoder
+
+JOB_TIMEOUT_S = 60.0
+"""How long a test waits for a tiny job, which takes a fraction of a second on an idle core."""
+
+
+@pytest.fixture(scope="session")
+def one_torch_thread() -> None:
+    """Forwards of this size are faster on one thread, and tests share the machine."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, one_torch_thread: None) -> Path:
+    """The tiny checkpoint in diffusers' layout, built for this session."""
+    from serve_graph.engine.tiny_checkpoint import build_tiny_checkpoint
+
+    return build_tiny_checkpoint(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def generator_parts(tiny_folder: Path) -> "GeneratorParts":
+    """The tiny transformer, VAE and scheduler template, float32 on the CPU."""
+    import torch
+
+    from serve_graph.engine.checkpoint import load_generator_parts
+
+    return load_generator_parts(tiny_folder, torch.device("cpu"), "float32", "float32")
+
+
+@pytest.fixture(scope="session")
+def text_parts(tiny_folder: Path) -> "TextParts":
+    """The tiny tokeniser and text encoder, float32 on the CPU."""
+    import torch
+
+    from serve_graph.engine.checkpoint import load_text_parts
+
+    return load_text_parts(tiny_folder, torch.device("cpu"), "float32")
+
+
+@pytest.fixture(scope="session")
+def stock_pipeline(generator_parts: "GeneratorParts", text_parts: "TextParts") -> "WanPipeline":
+    """diffusers' own pipeline on the very same modules. Its scheduler is the caller's to set before each call."""
+    from diffusers import WanPipeline
+
+    pipeline = WanPipeline(
+        tokenizer=text_parts.tokenizer,
+        text_encoder=text_parts.text_encoder,
+        vae=generator_parts.vae,
+        scheduler=generator_parts.scheduler,
+        transformer=generator_parts.transformer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def make_parameters() -> Callable[..., GenerationParameters]:
+    """Make parameters of a small clip (64x64, 9 frames, 4 steps, with guidance); keywords change any of them."""
+
+    def make(**changes: Any) -> GenerationParameters:
+        small = {
+            "prompt": "a red circle moving left",
+            "negative_prompt": "dark night",
+            "width": 64,
+            "height": 64,
+            "num_frames": 9,
+            "fps": 16,
+            "seed": 1,
+            "num_inference_steps": 4,
+            "guidance_scale": 3.0,
+            "flow_shift": 3.0,
+            "reproducible": False,
+        }
+        return GenerationParameters(**{**small, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def text_encoder(text_parts: "TextParts") -> "TextEncoder":
+    """The service's text encoder on the tiny parts, with a cache that serves the whole session."""
+    from serve_graph.metrics import PreprocessorMetrics, new_registry
+    from serve_graph.text_encoding import TextEncoder
+
+    metrics = PreprocessorMetrics(new_registry())
+    return TextEncoder(text_parts, WAN_TINY.max_sequence_length, max_cache_bytes=2**20, metrics=metrics)
+
+
+@pytest.fixture(scope="session")
+def prepare(text_encoder: "TextEncoder") -> Callable[[GenerationParameters], PreparedPrompt]:
+    """Encode a request's texts, each alone, as the preprocessor does for a reproducible request."""
+
+    def encode(parameters: GenerationParameters) -> PreparedPrompt:
+        texts = [parameters.prompt, *([parameters.negative_prompt] if parameters.does_guidance else [])]
+        positive, *rest = text_encoder.encode([TextItem(text, solo=True) for text in texts])
+        return PreparedPrompt(positive, rest[0] if rest else None)
+
+    return encode
+
+
+@pytest.fixture
+def registry() -> "CollectorRegistry":
+    """An empty registry for this test's metrics."""
+    from prometheus_client import CollectorRegistry
+
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def generator_metrics(registry: "CollectorRegistry") -> "GeneratorMetrics":
+    """The generator's metrics, to be read from `registry`."""
+    from serve_graph.metrics import GeneratorMetrics
+
+    return GeneratorMetrics(registry)
+
+
+class MakeEngine(Protocol):
+    """Start an engine over `generator_parts` unless other parts are given; keywords change its limits."""
+
+    def __call__(
+        self,
+        parts: "GeneratorParts | None" = None,
+        *,
+        on_error: Callable[[str, BaseException], None] = ...,
+        **limits: Any,
+    ) -> "Engine": ...
+
+
+@pytest.fixture
+def make_engine(
+    generator_parts: "GeneratorParts", generator_metrics: "GeneratorMetrics"
+) -> Iterator[MakeEngine]:
+    """A factory of engines that are closed when the test ends."""
+    from serve_graph.engine.loop import Engine, EngineLimits
+
+    engines: list[Engine] = []
+
+    def make(
+        parts: "GeneratorParts | None" = None,
+        *,
+        on_error: Callable[[str, BaseException], None] = lambda job_id, error: None,
+        **limits: Any,
+    ) -> Engine:
+        roomy: dict[str, Any] = {"max_jobs_in_flight": 8, "max_batch_tokens": 4_096}
+        chosen = EngineLimits(text_length=WAN_TINY.max_sequence_length, **{**roomy, **limits})
+        engines.append(Engine(parts or generator_parts, chosen, generator_metrics, on_error))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture
+def engine(make_engine: MakeEngine) -> "Engine":
+    """An engine with room for eight small jobs in one forward, closed when the test ends."""
+    return make_engine()
+
+
+class JobProbe:
+    """One engine job under observation; it is the job's frame sink and keeps what comes out.
+
+    on_event: called on the device thread after an event was recorded. From there a test can submit or cancel
+    other jobs at an exact step, with no race. on_frames: likewise for each chunk, before it is kept.
+    """
+
+    def __init__(
+        self,
+        job_id: str,
+        parameters: GenerationParameters,
+        prompt: PreparedPrompt,
+        on_event: "Callable[[EngineEvent], None]" = lambda event: None,
+        on_frames: "Callable[[npt.NDArray[np.uint8]], None]" = lambda frames: None,
+    ) -> None:
+        from serve_graph.engine.job import EngineJob
+
+        self.events: list[EngineEvent] = []
+        self.chunks: list[npt.NDArray[np.uint8]] = []
+        self.job: EngineJob = EngineJob(job_id, parameters, prompt, sink=self, notify=self._notify)
+        self._on_event = on_event
+        self._on_frames = on_frames
+        self._ended = threading.Event()
+
+    def write(self, frames: "npt.NDArray[np.uint8]") -> None:
+        self._on_frames(frames)
+        self.chunks.append(frames)
+
+    def end(self) -> "EngineEvent":
+        """Wait for the job's last event. Fails the test when it does not come."""
+        assert self._ended.wait(JOB_TIMEOUT_S), f"{self.job.job_id} did not end; events: {self.events}"
+        return self.events[-1]
+
+    @property
+    def latents(self) -> "torch.Tensor":
+        """The final latents. (1, C, T, H, W) float32."""
+        from serve_graph.engine.job import Denoised
+
+        return next(event.latents for event in self.events if isinstance(event, Denoised))
+
+    @property
+    def frames(self) -> "npt.NDArray[np.uint8]":
+        """All frames. (num_frames, H, W, 3) uint8."""
+        import numpy as np
+
+        return np.concatenate(self.chunks)
+
+    def _notify(self, event: "EngineEvent") -> None:
+        from serve_graph.engine.job import Failed, Finished
+
+        self.events.append(event)
+        self._on_event(event)
+        if isinstance(event, Finished | Failed):
+            self._ended.set()
+
+
+class MakeProbe(Protocol):
+    """Make a probe; `on_event` and `on_frames` as in `JobProbe`, other keywords as in `make_parameters`."""
+
+    def __call__(
+        self,
+        job_id: str = ...,
+        *,
+        prompt_embeddings: PreparedPrompt | None = None,
+        on_event: "Callable[[EngineEvent], None]" = ...,
+        on_frames: "Callable[[npt.NDArray[np.uint8]], None]" = ...,
+        **parameters: Any,
+    ) -> JobProbe: ...
+
+
+@pytest.fixture
+def make_probe(
+    make_parameters: Callable[..., GenerationParameters],
+    prepare: Callable[[GenerationParameters], PreparedPrompt],
+) -> MakeProbe:
+    """A factory of probes; its texts are encoded unless `prompt_embeddings` are given."""
+
+    def make(
+        job_id: str = "job",
+        *,
+        prompt_embeddings: PreparedPrompt | None = None,
+        on_event: "Callable[[EngineEvent], None]" = lambda event: None,
+        on_frames: "Callable[[npt.NDArray[np.uint8]], None]" = lambda frames: None,
+        **changes: Any,
+    ) -> JobProbe:
+        parameters = make_parameters(**changes)
+        return JobProbe(job_id, parameters, prompt_embeddings or prepare(parameters), on_event, on_frames)
+
+    return make

@@ -1,0 +1,64 @@
+"""Run by the contract suite in processes of their own: one task against a store that the parent describes.
+
+Reads the pickled factory of the store, prints `ready`, waits for a line, does the task, prints its result.
+"""
+
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from storage.store import ObjectStore, PreconditionFailed
+
+CRASH_STATUS = 77
+
+
+def create(store: ObjectStore, keys: str, number: str) -> str:
+    """Try to create each of the keys. Prints those that this process won."""
+    won = []
+    for key in keys.split(","):
+        try:
+            store.put(key, number.encode(), if_none_match=True)
+        except PreconditionFailed:
+            continue
+        won.append(key)
+    return ",".join(won)
+
+
+def increment(store: ObjectStore, key: str, times: str, _number: str) -> str:
+    """Add one to a counter by compare-and-swap, so many times. Prints how often another process was first."""
+    lost = 0
+    for _ in range(int(times)):
+        while True:
+            found = store.get(key)
+            try:
+                store.put(key, str(int(found.body) + 1).encode(), if_match=found.stat.etag)
+            except PreconditionFailed:
+                lost += 1
+                continue
+            break
+    return str(lost)
+
+
+def crash_before_rename(store: ObjectStore, key: str) -> str:
+    """Die when the temporary file is whole and about to be renamed."""
+
+    def crash(*_args: object, **_kwargs: object) -> NoReturn:
+        os._exit(CRASH_STATUS)
+
+    os.rename = crash
+    store.put(key, b"x" * 100_000)
+    return "survived"
+
+
+TASKS: dict[str, Callable[..., str]] = {
+    task.__name__: task for task in (create, increment, crash_before_rename)
+}
+
+if __name__ == "__main__":
+    # The pickle comes from the parent, this project's own test.
+    opened = pickle.loads(bytes.fromhex(sys.stdin.readline()))()  # noqa: S301
+    print("ready", flush=True)
+    sys.stdin.readline()
+    print(TASKS[sys.argv[1]](opened, *sys.argv[2:]))

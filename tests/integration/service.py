@@ -1,0 +1,119 @@
+"""A real service as a child process: `wan-serve serve`, real Ray, a data folder and a port of its own."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import yaml
+
+START_TIMEOUT_S = 120
+STOP_TIMEOUT_S = 90
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def write_config(folder: Path, **args: Any) -> Path:
+    """A Serve config like configs/local.yaml, with its data under `folder` and `args` over it."""
+    config = yaml.safe_load(Path("configs/local.yaml").read_text())
+    config["applications"][0]["args"] = {
+        "data_dir": str(folder / "data"),
+        "storage": {"kind": "local", "folder": str(folder / "store")},
+        **args,
+    }
+    path = folder / "serve.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+class RunningService:
+    """Started on construction; `wait_ready` returns once it says so. Use `stop` to end it."""
+
+    def __init__(self, folder: Path, **args: Any) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.base = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, "-m", "serve_graph.cli", "serve"]
+        command += ["--config", str(write_config(folder, **args)), "--port", str(self.port)]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"}
+        )
+        self.stdout: list[str] = []
+        self.stderr: list[str] = []
+        self._news = threading.Condition()
+        self._readers = [
+            threading.Thread(target=self._read, args=(stream, lines), daemon=True)
+            for stream, lines in ((self.process.stdout, self.stdout), (self.process.stderr, self.stderr))
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, stream: Any, lines: list[str]) -> None:
+        for line in stream:
+            with self._news:
+                lines.append(line)
+                self._news.notify_all()
+        with self._news:
+            self._news.notify_all()
+
+    def wait_ready(self) -> "RunningService":
+        self.wait_for(lambda: any(line.startswith("ready ") for line in self.stdout), START_TIMEOUT_S)
+        return self
+
+    def wait_for(self, condition: Any, timeout_s: float) -> None:
+        """Wait until the output makes `condition` true; fails with the output when it never does."""
+        with self._news:
+            met = self._news.wait_for(lambda: condition() or self.process.poll() is not None, timeout_s)
+            assert met, f"timed out; output:\n{self.output()}"
+        assert condition(), f"the service ended with {self.process.returncode}; output:\n{self.output()}"
+
+    def output(self) -> str:
+        return "".join([*self.stdout, *self.stderr])
+
+    def log(self, event: str) -> list[dict[str, Any]]:
+        """The log lines of one event so far."""
+        lines = (json.loads(line) for line in list(self.stderr) if line.startswith("{"))
+        return [line for line in lines if line["event"] == event]
+
+    def wait_log(self, event: str, **fields: Any) -> dict[str, Any]:
+        """The first log line of `event` with these fields, once it is there."""
+
+        def found() -> list[dict[str, Any]]:
+            return [line for line in self.log(event) if fields.items() <= line.items()]
+
+        self.wait_for(found, 30)
+        return found()[0]
+
+    def client(self, timeout_s: float = 60) -> httpx.Client:
+        return httpx.Client(base_url=self.base, timeout=timeout_s)
+
+    def family(self) -> list[psutil.Process]:
+        """Every process below the service's own, Ray's among them."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def replica(self, deployment: str) -> psutil.Process:
+        """The process of a deployment's replica, found as Ray titles it."""
+        titled = [p for p in self.family() if f"ServeReplica:wan:{deployment}" in " ".join(p.cmdline())]
+        assert len(titled) == 1, [p.cmdline() for p in self.family()]
+        return titled[0]
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal, wait, return the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        code = self.process.wait(STOP_TIMEOUT_S)
+        for reader in self._readers:
+            reader.join(10)
+        return code

@@ -1,0 +1,138 @@
+"""Starting, stopping and breaking real services, each with a data folder of its own."""
+
+import concurrent.futures
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.integration.service import RunningService, write_config
+
+JOB = {"prompt": "a blue square", "num_frames": 81, "num_inference_steps": 100}
+
+
+def post(service: RunningService) -> httpx.Response:
+    with service.client(timeout_s=120) as http:
+        return http.post("/generate", json=JOB)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve_finishes_running_work_and_leaves_no_process_when_stopped(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    service = RunningService(tmp_path).wait_ready()
+    family = service.family()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        running = pool.submit(post, service)
+        while httpx.get(service.base + "/health", timeout=30).json()["queue"]["running"] == 0:
+            pass
+        code = service.stop(number)
+        answer = running.result()
+    assert answer.status_code == 200, answer.text
+    assert code == 0, service.output()
+    assert psutil.wait_procs(family, timeout=10)[1] == []
+    assert list((tmp_path / "data" / "spool").iterdir()) == []
+
+
+def test_killed_generator_is_replaced_and_the_next_request_works(tmp_path: Path) -> None:
+    service = RunningService(tmp_path).wait_ready()
+    try:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            running = pool.submit(post, service)
+            while httpx.get(service.base + "/health", timeout=30).json()["queue"]["running"] == 0:
+                pass
+            service.replica("Generator").kill()
+            lost = running.result()
+        assert (lost.status_code, lost.json()["type"]) == (503, "urn:wan-serve:problem:worker-lost")
+        assert int(lost.headers["retry-after"]) >= 1
+        with service.client() as http:
+            while http.get("/health/ready").status_code != 200:
+                pass
+            assert http.post("/generate", json={"prompt": "again"}).status_code == 200
+    finally:
+        service.stop()
+
+
+def test_second_start_on_the_same_data_still_serves_the_first_one_s_clips(tmp_path: Path) -> None:
+    first = RunningService(tmp_path).wait_ready()
+    with first.client() as http:
+        clip = http.post("/generate", json={"prompt": "kept"}).json()
+    assert first.stop() == 0
+    second = RunningService(tmp_path).wait_ready()
+    try:
+        answer = httpx.get(f"{second.base}/outputs/{clip['clip_id']}", follow_redirects=True, timeout=30)
+        assert (answer.status_code, len(answer.content)) == (200, clip["size_bytes"])
+    finally:
+        second.stop()
+
+
+def test_disk_full_is_507_and_nothing_partial_is_left(tmp_path: Path) -> None:
+    """The store is a 2 MiB file system of its own, filled up once the service runs."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system takes root; the unit tests fill one by other means")
+    try:
+        service = RunningService(tmp_path, storage={"kind": "local", "folder": str(mount)}).wait_ready()
+        filler = mount / "filler"
+        with filler.open("wb") as file:
+            free = os.statvfs(mount).f_bavail * os.statvfs(mount).f_frsize
+            file.write(b"\0" * (free - 24 * 1024))  # room for the records, not for a clip of 81 frames
+        answer = post(service)
+        assert (answer.status_code, answer.json()["type"]) == (507, "urn:wan-serve:problem:store-full")
+        job = service.wait_log("job")
+        assert (job["state"], job["error"]) == ("failed", "store-full")
+        assert list(mount.glob("clips/**/*.mp4")) == []
+        assert list((tmp_path / "data" / "spool").iterdir()) == []
+        filler.unlink()
+        with service.client() as http:
+            while http.get("/health/ready").status_code != 200:
+                pass
+        assert post(service).status_code == 200
+        service.stop()
+    finally:
+        subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ({"model": {"profile": "wan-huge"}}, "there is no profile 'wan-huge'"),
+        ({"modle": {}}, "unknown setting modle"),
+        ({"engine": {"max_jobs_in_flight": 0}}, "engine.max_jobs_in_flight"),
+    ],
+)
+def test_serve_refuses_a_wrong_configuration_in_one_line(tmp_path: Path, args: dict, told: str) -> None:
+    ended = run_serve(write_config(tmp_path, **args))
+    assert ended.returncode == 2
+    assert told in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_serve_refuses_a_missing_checkpoint_in_one_line(tmp_path: Path) -> None:
+    ended = run_serve(write_config(tmp_path, model={"profile": "wan2.1-t2v-1.3b", "path": str(tmp_path / "none")}))
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith("wan-serve: ")
+    assert "model.path must name a folder" in last
+
+
+def test_serve_refuses_a_taken_port_in_one_line(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ended = run_serve(write_config(tmp_path), "--port", str(taken.getsockname()[1]))
+    assert ended.returncode == 1
+    assert len(ended.stderr.splitlines()) == 1
+    assert "is taken" in ended.stderr
+
+
+def run_serve(config: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "serve_graph.cli", "serve", "--config", str(config), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
