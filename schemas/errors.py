@@ -13,15 +13,16 @@
     ├── RangeNotSatisfiable     416  range-not-satisfiable
     ├── QueueFull               429  queue-full           Retry-After
     ├── JobCancelled            409  job-cancelled
-    ├── Unavailable             503
+    ├── Unavailable             503  unavailable
     │   ├── ModelNotReady       503  model-not-ready      Retry-After
     │   ├── ShuttingDown        503  shutting-down        Retry-After
-    │   └── StoreUnavailable    503  store-unavailable    Retry-After
+    │   ├── StoreUnavailable    503  store-unavailable    Retry-After
+    │   └── WorkerLost          503  worker-lost          the process that rendered it went away; Retry-After
     ├── StoreFull               507  store-full
     ├── OutOfMemory             500  out-of-memory        this job alone did not fit
     ├── RenderFailed            500  render-failed        the model or the encoder failed on this job
-    ├── WorkerLost              503  worker-lost          the process that rendered it went away
-    └── InternalError           500  internal-error       anything else; the log has it under the request id
+    ├── InternalError           500  internal-error       anything else; the log has it under the request id
+    └── RecordedFailure     500                       a job's problem, read back: answers as what was recorded
 
 Every constructor passes its arguments positionally to `Exception.__init__`, so that an error survives
 pickling over a Ray handle. `detail` is shown to clients: it never names a path, a key or a prompt.
@@ -335,6 +336,4 @@ class RecordedFailure(WanError):
         return self.args[0]  # type: ignore[no-any-return]  # set by __init__ above
 
     def problem(self, request_id: str | None = None, job_id: str | None = None) -> Problem:
-        return self.recorded.model_copy(
-            update={"request_id": request_id, "job_id": job_id or self.recorded.job_id}
-        )
+        return self.recorded.model_copy(update={"request_id": request_id, "job_id": job_id or self.recorded.job_id})

@@ -21,6 +21,8 @@ from schemas.requests import GenerateRequest, GenerationParameters
 
 
 class JobState(StrEnum):
+    """Where a job is in its life; drawn at the top of this file."""
+
     QUEUED = "queued"
     PREPARING = "preparing"
     RUNNING = "running"

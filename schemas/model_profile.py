@@ -20,6 +20,7 @@ TEMPORAL_STRIDE = 4
 
 DRAWN_SEED_BITS = 32
 
+
 class Resolution(BaseModel):
     """A legal frame size. width, height: pixels, multiples of 16."""
 
@@ -69,7 +70,9 @@ class ModelProfile(BaseModel):
     defaults: Defaults
 
     def resolve(
-        self, request: GenerateRequest, draw_seed: Callable[[], int] = lambda: secrets.randbits(DRAWN_SEED_BITS)
+        self,
+        request: GenerateRequest,
+        draw_seed: Callable[[], int] = lambda: secrets.randbits(DRAWN_SEED_BITS),
     ) -> GenerationParameters:
         """Fill in the defaults and check every value. Raises InvalidRequest with one FieldError per bad field."""
         errors: list[FieldError] = []
@@ -81,9 +84,7 @@ class ModelProfile(BaseModel):
         steps = _or(request.num_inference_steps, self.defaults.num_inference_steps)
         self._check_range("num_inference_steps", steps, 1, self.max_num_inference_steps, errors)
         guidance_scale = _or(request.guidance_scale, self.defaults.guidance_scale)
-        self._check_range(
-            "guidance_scale", guidance_scale, self.min_guidance_scale, self.max_guidance_scale, errors
-        )
+        self._check_range("guidance_scale", guidance_scale, self.min_guidance_scale, self.max_guidance_scale, errors)
         flow_shift = _or(request.flow_shift, self.defaults.flow_shift)
         self._check_range("flow_shift", flow_shift, self.min_flow_shift, self.max_flow_shift, errors)
         if errors or size is None or num_frames is None:
@@ -124,13 +125,9 @@ class ModelProfile(BaseModel):
     def _refusal(self, field: str, message: str, nearest: tuple[float | int | str, ...] = ()) -> FieldError:
         hint = f"; nearest: {', '.join(map(_plain, nearest))}" if nearest else ""
         legal = self.legal(field)
-        return FieldError(
-            field=field, message=f"{message}; legal: {legal}{hint}", legal=legal, nearest=nearest or None
-        )
+        return FieldError(field=field, message=f"{message}; legal: {legal}{hint}", legal=legal, nearest=nearest or None)
 
-    def _check_range(
-        self, field: str, value: float, low: float, high: float, errors: list[FieldError]
-    ) -> None:
+    def _check_range(self, field: str, value: float, low: float, high: float, errors: list[FieldError]) -> None:
         if not low <= value <= high:
             bound = low if value < low else high
             errors.append(self._refusal(field, f"{value:g} is out of range", (bound,)))
@@ -167,9 +164,7 @@ class ModelProfile(BaseModel):
             legal = [n for n in self._frame_counts() if abs(n - wanted) < 1e-6]
             if not legal:
                 seconds = tuple((n - 1) / fps for n in nearest_values(wanted, self._frame_counts()))
-                errors.append(
-                    self._refusal("duration", f"{request.duration:g} s at {fps} fps is not whole", seconds)
-                )
+                errors.append(self._refusal("duration", f"{request.duration:g} s at {fps} fps is not whole", seconds))
                 return None
             return legal[0]
         num_frames = _or(request.num_frames, self.defaults.num_frames)

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 MAX_PROMPT_CHARS = 2_000
 MAX_SEED = 2**53 - 1
-"""The largest integer that every JSON parser keeps exactly (RFC 8259, section 6)."""
+"""The largest integer that every JSON parser keeps exactly (RFC 8259, section 6); bounds every integer here."""
 
 MIN_URL_TTL_S = 1
 MAX_URL_TTL_S = 7 * 24 * 3600
@@ -32,7 +32,7 @@ Prompt = Annotated[
     AfterValidator(_without_nul),
 ]
 Name = Annotated[str, Field(strict=True, min_length=1, max_length=16)]
-Int = Annotated[int, Field(strict=True)]
+Int = Annotated[int, Field(strict=True, le=MAX_SEED)]
 Float = Annotated[float, BeforeValidator(_whole_or_float), Field(strict=True, allow_inf_nan=False)]
 
 

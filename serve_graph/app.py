@@ -17,6 +17,7 @@ def build_app(args: dict[str, Any]) -> Application:
     args: see `settings.Settings`. Raises ConfigError.
     """
     settings = read_settings(args)
+    settings.require_public_url()
     preprocessor = serve.deployment(**preprocessor_options(settings))(Preprocessor).bind(settings)
     generator = serve.deployment(**generator_options(settings))(Generator).bind(settings)
     return serve.deployment(**ingress_options(settings))(Ingress).bind(settings, preprocessor, generator)

@@ -23,7 +23,11 @@ from serve_graph.server import load_config
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 90.0
 _POLL_S = 0.1
-_STEP_BAR = TextColumn("{task.description:<9}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f} steps")
+_STEP_BAR = (
+    TextColumn("{task.description:<9}"),
+    BarColumn(),
+    TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+)
 _LEFT = TextColumn("{task.fields[left]}")
 
 
@@ -41,7 +45,10 @@ def run_demo(config: Path, prompt: str, out: Path) -> None:
     port = _free_port()
     load_config(config, port=port)  # a mistake in the file is told before anything starts
     began = time.monotonic()
-    with _service(config, port, out / "demo.log", console) as base, httpx.Client(base_url=base, timeout=30) as http:
+    with (
+        _service(config, port, out / "demo.log", console) as base,
+        httpx.Client(base_url=base, timeout=30) as http,
+    ):
         started_s = time.monotonic() - began
         clip = _generate(http, prompt, console)
         data = http.get(clip.output_url).raise_for_status().content
@@ -136,7 +143,7 @@ def _report(console: Console, clip: Clip, mp4: Path, sheet: Path, started_s: flo
     console.print("next           make serve, then:", highlight=False)
     console.print(
         "               curl -sS localhost:8000/generate -H 'content-type: application/json' "
-        f"-d '{{\"prompt\":\"{clip.prompt}\"}}'",
+        f'-d \'{{"prompt":"{clip.prompt}"}}\'',
         highlight=False,
         soft_wrap=True,
     )

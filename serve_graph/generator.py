@@ -20,6 +20,7 @@ from serve_graph.stores import open_store
 if TYPE_CHECKING:
     import torch
 
+
 class Generator:
     """Loads the model, then renders clips until the process ends."""
 
@@ -27,6 +28,7 @@ class Generator:
         import torch
 
         from serve_graph.engine import checkpoint
+        from serve_graph.engine.checkpoint_folder import locate_checkpoint
         from serve_graph.engine.loop import Engine, EngineLimits
         from serve_graph.render import Renderer
 
@@ -38,7 +40,7 @@ class Generator:
         model, profile = settings.model, settings.profile
         device = checkpoint.pick_device(model.device)
         dtype = checkpoint.resolve_dtype(model.dtype, device)
-        folder = checkpoint.locate_checkpoint(profile, model.path, model.revision, settings.models_dir)
+        folder = locate_checkpoint(profile, model.path, model.revision, settings.models_dir)
         vae_dtype = checkpoint.resolve_dtype(model.vae_dtype, device)
         parts = checkpoint.load_generator_parts(folder, device, dtype, vae_dtype)
         self._device = device
@@ -119,6 +121,4 @@ def _gpu(device: "torch.device") -> GpuHealth | None:
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
-    return GpuHealth(
-        name=torch.cuda.get_device_name(device), memory_total_bytes=total, memory_used_bytes=total - free
-    )
+    return GpuHealth(name=torch.cuda.get_device_name(device), memory_total_bytes=total, memory_used_bytes=total - free)

@@ -54,7 +54,7 @@ class Ingress:
         self._health = HealthMonitor(settings, self._worker, opened.store, self._jobs.queue, executor)
         self._signed_clips = SignedClips(opened.store, opened.presigner, executor)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201  # Serve's name for it
+    def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's name for it
         """The application, built once per replica."""
         return create_api(
             Service(self._jobs, self._health, self._exposition),

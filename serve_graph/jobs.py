@@ -39,7 +39,7 @@ from serve_graph.metrics import IngressMetrics
 from serve_graph.prompts import prompt_hash
 from storage.job_records import JobRecords
 from storage.keys import clip_key
-from storage.store import InvalidKey, PresignedUrl, Presigner, StoreError
+from storage.store import PresignedUrl, Presigner, StoreError
 
 T = TypeVar("T")
 
@@ -154,8 +154,7 @@ class JobService:
         if live is not None:
             await live.ended.wait()
             return self._clip(live.record)
-        record, _ = await self._io(self._records.get, job_id)
-        return self._clip(record)
+        return self._clip(await self._record(job_id))
 
     async def job(self, job_id: str) -> Job:
         """The job as clients see it, with progress when this process runs it. Raises JobNotFound."""
@@ -239,9 +238,7 @@ class JobService:
     async def _render(self, live: _LiveJob) -> RenderedClip:
         taken = time.monotonic()
         parameters = live.record.parameters
-        _, prompt = await asyncio.gather(
-            self._transition(live, JobState.PREPARING), self._worker.prepare(parameters)
-        )
+        _, prompt = await asyncio.gather(self._transition(live, JobState.PREPARING), self._worker.prepare(parameters))
         prepared = time.monotonic()
         task = RenderTask(
             job_id=live.record.job_id,
@@ -265,9 +262,7 @@ class JobService:
                     return _with_service_timings(event, queued_s, prepared - taken, time.monotonic() - live.began)
         raise InternalError("the generator ended without a clip")
 
-    async def _end(
-        self, live: _LiveJob, state: JobState, result: RenderedClip | None, error: Problem | None
-    ) -> None:
+    async def _end(self, live: _LiveJob, state: JobState, result: RenderedClip | None, error: Problem | None) -> None:
         """Record the end and tell the log and the metrics."""
         try:
             await self._transition(live, state, result=result, error=error)
@@ -304,10 +299,7 @@ class JobService:
         await asyncio.shield(write())
 
     async def _record(self, job_id: str) -> JobRecord:
-        try:
-            record, _ = await self._io(self._records.get, job_id)
-        except InvalidKey as error:
-            raise JobNotFound from error
+        record, _ = await self._io(self._records.get, job_id)
         return record
 
     def _clip(self, record: JobRecord) -> Clip:
@@ -350,10 +342,6 @@ class JobService:
         return await asyncio.get_running_loop().run_in_executor(self._executor, call, *args)
 
 
-def _with_service_timings(
-    clip: RenderedClip, queued_s: float, preprocess_s: float, total_s: float
-) -> RenderedClip:
-    timings = clip.timings.model_copy(
-        update={"queued": queued_s, "preprocess": preprocess_s, "total": total_s}
-    )
+def _with_service_timings(clip: RenderedClip, queued_s: float, preprocess_s: float, total_s: float) -> RenderedClip:
+    timings = clip.timings.model_copy(update={"queued": queued_s, "preprocess": preprocess_s, "total": total_s})
     return clip.model_copy(update={"timings": timings})

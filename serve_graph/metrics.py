@@ -89,12 +89,8 @@ _HTTP_DURATION = _histogram(
     "wan_http_request_duration_seconds", _LONG_S, "Seconds until a request's answer was complete.", "route"
 )
 _JOBS = _counter("wan_jobs_total", "Jobs that ended; error is the problem's name.", "outcome", "error")
-_JOB_DURATION = _histogram(
-    "wan_job_duration_seconds", _LONG_S, "Seconds from a job's creation to its end.", "outcome"
-)
-_JOB_STAGE = _histogram(
-    "wan_job_stage_seconds", _LONG_S, "Seconds a job that succeeded spent in a stage.", "stage"
-)
+_JOB_DURATION = _histogram("wan_job_duration_seconds", _LONG_S, "Seconds from a job's creation to its end.", "outcome")
+_JOB_STAGE = _histogram("wan_job_stage_seconds", _LONG_S, "Seconds a job that succeeded spent in a stage.", "stage")
 _JOBS_WAITING = _gauge("wan_jobs_waiting", "Jobs that wait for a slot of the generator.")
 _JOBS_RUNNING = _gauge("wan_jobs_running", "Jobs that hold a slot of the generator.")
 _QUEUE_CAPACITY = _gauge("wan_queue_capacity", "Jobs that may wait before requests get a 429.")
@@ -168,9 +164,7 @@ class IngressMetrics:
         self._requests.labels(label, method_label(method), _status_label(status)).inc()
         self._request_duration.labels(label).observe(duration_s)
 
-    def job_ended(
-        self, outcome: JobState, duration_s: float, error: str = "", timings: Timings | None = None
-    ) -> None:
+    def job_ended(self, outcome: JobState, duration_s: float, error: str = "", timings: Timings | None = None) -> None:
         """Record one job's end. error: the problem's name, "" for a success; timings: of a success.
 
         Raises: ValueError for a state that ends nothing.

@@ -27,6 +27,7 @@ class Preprocessor:
         import torch
 
         from serve_graph.engine import checkpoint
+        from serve_graph.engine.checkpoint_folder import locate_checkpoint
         from serve_graph.text_encoding import TextEncoder
 
         context = serve.get_replica_context()
@@ -36,7 +37,7 @@ class Preprocessor:
         torch.set_num_threads(settings.text.num_threads)
         profile, model = settings.profile, settings.model
         device = checkpoint.pick_device(model.text_device)
-        folder = checkpoint.locate_checkpoint(profile, model.path, model.revision, settings.models_dir)
+        folder = locate_checkpoint(profile, model.path, model.revision, settings.models_dir)
         self._registry = new_registry()
         self._encoder = TextEncoder(
             checkpoint.load_text_parts(folder, device, checkpoint.resolve_dtype(model.text_dtype, device)),

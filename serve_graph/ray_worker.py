@@ -48,7 +48,7 @@ class RayWorker:
     async def render(self, task: RenderTask, prompt: PreparedPrompt) -> AsyncGenerator[RenderEvent, None]:
         """Stream one clip's events; closing it cancels the work in the generator."""
         async with _our_errors():
-            response = self._generator.options(stream=True).render.remote(task, prompt)
+            response: Any = self._generator.options(stream=True).render.remote(task, prompt)
             try:
                 async for event in response:
                     yield event
@@ -71,9 +71,7 @@ class RayWorker:
         """Every replica's metrics; a replica that doesn't answer in time is left out of this scrape."""
         found = await asyncio.gather(
             *(
-                handle.broadcast("metrics_snapshot").results_async(
-                    timeout_s=SNAPSHOT_TIMEOUT_S, return_exceptions=True
-                )
+                handle.broadcast("metrics_snapshot").results_async(timeout_s=SNAPSHOT_TIMEOUT_S, return_exceptions=True)
                 for handle in (self._preprocessor, self._generator)
             )
         )

@@ -210,9 +210,7 @@ class Renderer:
         began = time.monotonic()
         loop = asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(
-                self._executor, lambda: self._store.put(task.clip_key, path, if_none_match=True)
-            )
+            await loop.run_in_executor(self._executor, lambda: self._store.put(task.clip_key, path, if_none_match=True))
         except WanError as error:
             self._metrics.upload_failed(error.name)
             raise

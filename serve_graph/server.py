@@ -19,8 +19,9 @@ from typing import Any
 
 import yaml
 
-from serve_graph.proxy import CALLBACK
+from schemas.errors import ModelNotReady
 from serve_graph.logs import configure_logging, log_event
+from serve_graph.proxy import CALLBACK
 from serve_graph.settings import ConfigError, Settings, read_settings
 
 IMPORT_PATH = "serve_graph.app:build_app"
@@ -74,6 +75,7 @@ def load_config(path: Path, host: str | None = None, port: int | None = None) ->
 def serve_forever(config: ServeConfig) -> None:
     """Start, say when ready, and serve until SIGINT or SIGTERM. Raises ConfigError, StartFailed."""
     _check_port(config.host, config.port)
+    _check_model(config.settings)
     configure_logging(level=config.settings.log_level)
     stopping = threading.Event()
     began = time.monotonic()
@@ -94,6 +96,17 @@ def serve_forever(config: ServeConfig) -> None:
             log_event("stopping")
             _stop(config)
     log_event("stopped")
+
+
+def _check_model(settings: Settings) -> None:
+    """A checkpoint folder that isn't one is told at once, not after Serve's retries."""
+    from serve_graph.engine.checkpoint_folder import check_layout
+
+    if settings.model.path is not None:
+        try:
+            check_layout(settings.model.path)
+        except ModelNotReady as error:
+            raise StartFailed(error.detail) from error
 
 
 def _check_port(host: str, port: int) -> None:
@@ -210,7 +223,7 @@ def _report(app: Any) -> str:
     messages = [app.message, *(part.message for part in app.deployments.values())] if app is not None else []
     lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
     told = [line for line in lines if "Error" in line or line.startswith(("schemas.errors.", "serve_graph."))]
-    return (told or lines or ["the application did not start in time"])[-1]
+    return str((told or lines or ["the application did not start in time"])[-1])
 
 
 def _stop(config: ServeConfig) -> None:

@@ -35,9 +35,7 @@ class ModelSettings(_Section):
     """Which checkpoint, and where its parts run."""
 
     profile: str = Field(default="wan-tiny", description="A profile's name: " + ", ".join(PROFILES) + ".")
-    path: Path | None = Field(
-        default=None, description="A checkpoint in diffusers' layout; else the profile's own."
-    )
+    path: Path | None = Field(default=None, description="A checkpoint in diffusers' layout; else the profile's own.")
     revision: str | None = Field(default=None, description="The hub's revision, where the profile has a hub id.")
     device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or `cuda:N`; for the generator.")
     dtype: Dtype = Field(default="auto", description="Of the transformer; `auto`: bfloat16 on a GPU.")
@@ -76,7 +74,9 @@ class EngineSettings(_Section):
     max_batch_tokens: int = Field(default=1_024, ge=1, description="Latent tokens that share one forward.")
     num_threads: int = Field(default=1, ge=1, description="CPU threads of one forward.")
     hang_timeout_s: float = Field(
-        default=600.0, gt=0, description="A step or chunk that takes longer counts as hung; the replica is replaced."
+        default=600.0,
+        gt=0,
+        description="A step or chunk that takes longer counts as hung; the replica is replaced.",
     )
 
 
@@ -134,6 +134,12 @@ class Settings(BaseSettings):
     @property
     def profile(self) -> ModelProfile:
         return PROFILES[self.model.profile]
+
+    def require_public_url(self) -> str:
+        """Raises ConfigError where nothing said what clients call this service."""
+        if self.public_url is None:
+            raise ConfigError("public_url is not set: what do clients call this service?")
+        return self.public_url
 
     @property
     def default_url_ttl(self) -> timedelta:

@@ -26,6 +26,6 @@ def open_store(settings: Settings) -> OpenStore:
     secret = load_secret(Secrets().signing_secret, settings.storage.folder)
     return OpenStore(
         store=store,
-        presigner=LocalPresigner(settings.public_url or "", derive(secret, "url-signing")),
+        presigner=LocalPresigner(settings.require_public_url(), derive(secret, "url-signing")),
         hash_secret=derive(secret, "prompt-hash"),
     )

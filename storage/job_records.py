@@ -53,9 +53,7 @@ class JobRecords:
         now: the clock; aware UTC datetimes.
     """
 
-    def __init__(
-        self, store: ObjectStore, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)
-    ) -> None:
+    def __init__(self, store: ObjectStore, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self._store = store
         self._now = now
 

@@ -83,7 +83,5 @@ def _read(path: Path) -> bytes:
             )
         secret = file.read(SECRET_BYTES + 1)
     if len(secret) != SECRET_BYTES:
-        raise ValueError(
-            f"{FILE_NAME} in the storage folder is damaged: delete it and lose the URLs signed so far"
-        )
+        raise ValueError(f"{FILE_NAME} in the storage folder is damaged: delete it and lose the URLs signed so far")
     return secret

@@ -71,9 +71,7 @@ class LocalPresigner:
         clip_id, attempt_token = parse_clip_key(key)
         if method not in _METHODS_SIGNED_FOR:
             raise ValueError("only GET and HEAD are signed")
-        if response_content_disposition is not None and not _HEADER_VALUE.fullmatch(
-            response_content_disposition
-        ):
+        if response_content_disposition is not None and not _HEADER_VALUE.fullmatch(response_content_disposition):
             raise ValueError("a content disposition is 1 to 512 printable ASCII characters")
         expires = int((self._now() + check_expires_in(expires_in)).timestamp())
         query = {EXPIRES: str(expires)}

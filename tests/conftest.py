@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from serve_graph.engine.checkpoint import GeneratorParts, TextParts
-    from serve_graph.engine.job import EngineEvent, EngineJob
+    from serve_graph.engine.job import EngineEvent
     from serve_graph.engine.loop import Engine
     from serve_graph.metrics import GeneratorMetrics
     from serve_graph.text_encoding import TextEncoder
@@ -158,9 +158,7 @@ class MakeEngine(Protocol):
 
 
 @pytest.fixture
-def make_engine(
-    generator_parts: "GeneratorParts", generator_metrics: "GeneratorMetrics"
-) -> Iterator[MakeEngine]:
+def make_engine(generator_parts: "GeneratorParts", generator_metrics: "GeneratorMetrics") -> Iterator[MakeEngine]:
     """A factory of engines that are closed when the test ends."""
     from serve_graph.engine.loop import Engine, EngineLimits
 
@@ -277,3 +275,15 @@ def make_probe(
         return JobProbe(job_id, parameters, prompt_embeddings or prepare(parameters), on_event, on_frames)
 
     return make
+
+
+@pytest.fixture
+def forward_batches(generator_parts: "GeneratorParts") -> "Iterator[list[int]]":
+    """The batch size of each call of the shared transformer during this test, in order, as the calls end."""
+    sizes: list[int] = []
+
+    def record(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        sizes.append(kwargs["hidden_states"].shape[0])
+
+    with generator_parts.transformer.register_forward_hook(record, with_kwargs=True):
+        yield sizes

@@ -44,5 +44,7 @@ def create_api(
     app.include_router(routes(service, profile))
     if signed_clips is not None:
         app.include_router(clip_file_routes(signed_clips))
-    app.add_middleware(RequestMiddleware, metrics=metrics, max_body_bytes=max_body_bytes, echo_request_id=echo_request_id)
+    app.add_middleware(
+        RequestMiddleware, metrics=metrics, max_body_bytes=max_body_bytes, echo_request_id=echo_request_id
+    )
     return app

@@ -4,6 +4,7 @@ import asyncio
 import re
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from pathlib import Path as FilePath
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request
@@ -16,7 +17,7 @@ from storage.local import LocalStore
 from storage.signing import LocalPresigner
 from storage.store import InvalidKey, ObjectNotFound, ObjectStat, content_type
 
-_RANGE = re.compile(r"bytes=(?:(\d{1,18})-(\d{0,18})|-(\d{1,18}))")
+_RANGE = re.compile(r"bytes=(?:([0-9]{1,18})-([0-9]{0,18})|-([0-9]{1,18}))")
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,19 @@ def clip_file_routes(clips: SignedClips) -> APIRouter:
         """The bytes of a clip, for whoever has a URL that was signed for them and has not expired."""
         key = _clip_key(clip_id, name)
         disposition = clips.presigner.verify(request.method, key, request.query_params.multi_items())
-        stat = await _stat(clips, key)
+        stat, path = await _find(clips, key)
         etag = f'"{stat.etag}"'
-        headers = {"ETag": etag, "Cache-Control": "private, no-transform", "X-Content-Type-Options": "nosniff"}
+        headers = {
+            "ETag": etag,
+            "Cache-Control": "private, no-transform",
+            "X-Content-Type-Options": "nosniff",
+        }
         if disposition is not None:
             headers["Content-Disposition"] = disposition
         if etag in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
         _tidy_range(request, stat.size_bytes)
-        return FileResponse(clips.store.path(key), media_type=content_type(key), headers=headers)
+        return FileResponse(path, media_type=content_type(key), headers=headers)
 
     return router
 
@@ -74,9 +79,12 @@ def _clip_key(clip_id: str, name: str) -> str:
         raise ClipNotFound from error
 
 
-async def _stat(clips: SignedClips, key: str) -> ObjectStat:
+async def _find(clips: SignedClips, key: str) -> tuple[ObjectStat, FilePath]:
+    def find() -> tuple[ObjectStat, FilePath]:
+        return clips.store.stat(key), clips.store.path(key)
+
     try:
-        return await asyncio.get_running_loop().run_in_executor(clips.executor, clips.store.stat, key)
+        return await asyncio.get_running_loop().run_in_executor(clips.executor, find)
     except ObjectNotFound as error:
         raise ClipNotFound from error
 
@@ -90,7 +98,7 @@ def _tidy_range(request: Request, size_bytes: int) -> None:
     if sent is None:
         return
     match = _RANGE.fullmatch(sent)
-    first, last, suffix = match.groups() if match else (None, None, None)
+    first, last, suffix = match.groups(default="") if match else ("", "", "")
     reversed_range = bool(first and last) and int(last) < int(first)
     if match is None or reversed_range:
         request.scope["headers"] = [(k, v) for k, v in request.scope["headers"] if k != b"range"]

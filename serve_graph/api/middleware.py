@@ -26,9 +26,7 @@ class RequestMiddleware:
     echo_request_id: put the id on the answer; off where a proxy in front does.
     """
 
-    def __init__(
-        self, app: ASGIApp, *, metrics: IngressMetrics, max_body_bytes: int, echo_request_id: bool
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: IngressMetrics, max_body_bytes: int, echo_request_id: bool) -> None:
         self._app = app
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes

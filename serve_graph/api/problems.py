@@ -25,9 +25,7 @@ from serve_graph.api.context import context_of
 _BODY = "body"
 
 
-def problem_response(
-    problem: Problem, headers: Mapping[str, str] | None = None
-) -> Response:
+def problem_response(problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
     """The HTTP form of a problem, with `Retry-After` where it has one."""
     retry = {} if problem.retry_after_s is None else {"Retry-After": str(problem.retry_after_s)}
     return JSONResponse(
@@ -77,9 +75,7 @@ def _field_error(mistake: Mapping[str, Any], profile: ModelProfile) -> FieldErro
     if kind == "json_invalid":
         return FieldError(field=_BODY, message="is not valid JSON")
     if not path and kind in {"model_attributes_type", "model_type", "dict_type"}:
-        return FieldError(
-            field=_BODY, message="must be a JSON object, sent with Content-Type: application/json"
-        )
+        return FieldError(field=_BODY, message="must be a JSON object, sent with Content-Type: application/json")
     if not path and kind == "missing":
         return FieldError(field=_BODY, message="is missing")
     field = ".".join(path) or _BODY

@@ -69,7 +69,7 @@ def routes(service: Service, profile: ModelProfile) -> APIRouter:
     )
     async def generate(
         request: Request,
-        body: Annotated[GenerateRequest, Body(openapi_examples=EXAMPLES)],  # type: ignore[arg-type]  # a TypedDict
+        body: Annotated[GenerateRequest, Body(openapi_examples=EXAMPLES)],
         prefer: Annotated[str | None, Header(description="`respond-async` answers at once.")] = None,
     ) -> Response | Clip:
         """Make one clip. Waits for it, unless `Prefer: respond-async` asks for the job instead."""

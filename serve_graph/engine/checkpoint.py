@@ -8,16 +8,11 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKLWan, SchedulerMixin, WanTransformer3DModel
-from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from schemas.errors import ModelNotReady
-from schemas.model_profile import ModelProfile
-from serve_graph.engine.tiny_checkpoint import build_tiny_checkpoint
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-_LAYOUT = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 
 
 @dataclass(frozen=True)
@@ -39,35 +34,6 @@ class TextParts:
     device: torch.device
 
 
-def locate_checkpoint(profile: ModelProfile, path: Path | None, revision: str | None, cache: Path) -> Path:
-    """The folder that holds the checkpoint: `path` itself, the hub's snapshot, or the tiny one, made under `cache`.
-
-    Raises ModelNotReady, in one line that says what to do, when there is no such checkpoint.
-    """
-    if path is not None:
-        folder = path
-    elif profile.hub_id is not None:
-        folder = _download(profile.hub_id, revision)
-    else:
-        folder = build_tiny_checkpoint(cache)
-    missing = [name for name in _LAYOUT if not (folder / name).exists()]
-    if missing:
-        raise ModelNotReady(
-            f"the checkpoint of {profile.name} lacks {', '.join(missing)}: model.path must name a folder "
-            "in diffusers' layout"
-        )
-    return folder
-
-
-def _download(hub_id: str, revision: str | None) -> Path:
-    try:
-        return Path(snapshot_download(hub_id, revision=revision))
-    except OSError as error:  # every hub and network error of huggingface_hub derives from it
-        raise ModelNotReady(
-            f"{hub_id} could not be fetched from the hub: download it elsewhere and set model.path to its folder"
-        ) from error
-
-
 def load_generator_parts(folder: Path, device: torch.device, dtype: str, vae_dtype: str) -> GeneratorParts:
     """Load the transformer, the VAE and the scheduler's configuration."""
     transformer = WanTransformer3DModel.from_pretrained(
@@ -86,7 +52,7 @@ def load_scheduler(folder: Path) -> SchedulerMixin:
     """The scheduler that the checkpoint names."""
     config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     scheduler_class: Any = getattr(diffusers, config["_class_name"])
-    return scheduler_class.from_config(config)  # type: ignore[no-any-return]  # chosen by name
+    return scheduler_class.from_config(config)
 
 
 def load_text_parts(folder: Path, device: torch.device, dtype: str) -> TextParts:

@@ -36,7 +36,7 @@ class Decoding:
 
         When it raises, the cache may be half written and the decode has to start over.
         """
-        sample = self._vae.decoder(
+        sample: torch.Tensor = self._vae.decoder(
             self._hidden[:, :, self.chunk : self.chunk + 1],
             feat_cache=self._features,
             feat_idx=[0],

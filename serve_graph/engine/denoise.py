@@ -23,7 +23,11 @@ class Denoising:
     """
 
     def __init__(
-        self, parts: GeneratorParts, parameters: GenerationParameters, prompt: PreparedPrompt, text_length: int
+        self,
+        parts: GeneratorParts,
+        parameters: GenerationParameters,
+        prompt: PreparedPrompt,
+        text_length: int,
     ) -> None:
         dtype = parts.transformer.dtype
         self.guidance_scale = parameters.guidance_scale

@@ -52,9 +52,7 @@ def crash_before_rename(store: ObjectStore, key: str) -> str:
     return "survived"
 
 
-TASKS: dict[str, Callable[..., str]] = {
-    task.__name__: task for task in (create, increment, crash_before_rename)
-}
+TASKS: dict[str, Callable[..., str]] = {task.__name__: task for task in (create, increment, crash_before_rename)}
 
 if __name__ == "__main__":
     # The pickle comes from the parent, this project's own test.

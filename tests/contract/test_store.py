@@ -118,9 +118,7 @@ def test_reads_tell_what_is_missing(case: StoreCase) -> None:
             case.store.get_range(key, 0, 1)
 
 
-@pytest.mark.parametrize(
-    ("start", "end"), [(0, 0), (0, 9), (5, 5), (255, 300), (10_239, 10_239), (0, 10_239)]
-)
+@pytest.mark.parametrize(("start", "end"), [(0, 0), (0, 9), (5, 5), (255, 300), (10_239, 10_239), (0, 10_239)])
 def test_get_range_includes_both_ends(case: StoreCase, start: int, end: int) -> None:
     case.store.put(CLIP, BODY)
     assert case.store.get_range(CLIP, start, end) == BODY[start : end + 1]
@@ -287,9 +285,7 @@ def test_presigned_url_is_refused_when_any_part_of_its_query_changes(case: Store
     assert len(query) >= 3
     for position, (name, value) in enumerate(query):
         changed = value[:-1] + ("0" if value[-1] != "0" else "1")
-        assert_refused(
-            case.fetch(with_query(url, [*query[:position], (name, changed), *query[position + 1 :]]))
-        )
+        assert_refused(case.fetch(with_query(url, [*query[:position], (name, changed), *query[position + 1 :]])))
 
 
 def test_presigned_url_is_refused_when_any_part_of_its_query_is_missing(case: StoreCase) -> None:

@@ -48,7 +48,11 @@ class RunningService:
         command = [sys.executable, "-m", "serve_graph.cli", "serve"]
         command += ["--config", str(write_config(folder, **args)), "--port", str(self.port)]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"}
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"COLUMNS": "200"},
         )
         self.stdout: list[str] = []
         self.stderr: list[str] = []

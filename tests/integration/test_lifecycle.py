@@ -23,9 +23,7 @@ def post(service: RunningService) -> httpx.Response:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_serve_finishes_running_work_and_leaves_no_process_when_stopped(
-    tmp_path: Path, number: signal.Signals
-) -> None:
+def test_serve_finishes_running_work_and_leaves_no_process_when_stopped(tmp_path: Path, number: signal.Signals) -> None:
     service = RunningService(tmp_path).wait_ready()
     family = service.family()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:

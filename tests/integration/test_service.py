@@ -166,7 +166,9 @@ def test_client_that_goes_away_cancels_its_job(service: RunningService) -> None:
 def waiting_clients(service: RunningService, count: int) -> Iterator[None]:
     """So many connections, each waiting for a long clip; closing them cancels the jobs."""
     body = b'{"prompt":"wait","num_frames":81,"num_inference_steps":100,"resolution":"128p"}'
-    head = f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
     with contextlib.ExitStack() as connections:
         for _ in range(count):
             connection = connections.enter_context(socket.create_connection(("127.0.0.1", service.port)))

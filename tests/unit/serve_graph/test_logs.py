@@ -184,9 +184,7 @@ def test_log_job_is_an_error_when_the_job_failed(lines: Lines) -> None:
 
 
 def test_no_line_has_either_text_of_the_prompt(stream: io.StringIO, lines: Lines) -> None:
-    log_request(
-        request_id="r", method="POST", route="/generate", status=200, duration_s=1, parameters=PARAMETERS
-    )
+    log_request(request_id="r", method="POST", route="/generate", status=200, duration_s=1, parameters=PARAMETERS)
     log_one_job(JobState.SUCCEEDED)
     log_event("odd", request=GenerateRequest(prompt=PROMPT, negative_prompt=NEGATIVE), parameters=PARAMETERS)
     log_event("odd", prompt=PROMPT, nested=[{"raw-prompt": PROMPT, "prompts": [PROMPT]}])
@@ -233,16 +231,12 @@ def test_log_event_keeps_fields_that_only_sound_private(lines: Lines, name: str)
         ("ready? yes", "ready? yes"),
     ],
 )
-def test_log_event_redacts_query_strings_and_credentials_in_texts(
-    lines: Lines, text: str, logged: str
-) -> None:
+def test_log_event_redacts_query_strings_and_credentials_in_texts(lines: Lines, text: str, logged: str) -> None:
     log_event("odd", where=text, nested=[text])
     assert (lines()[0]["where"], lines()[0]["nested"]) == (logged, [logged])
 
 
-def test_log_failure_gives_type_and_frames_but_no_message_source_or_locals(
-    stream: io.StringIO, lines: Lines
-) -> None:
+def test_log_failure_gives_type_and_frames_but_no_message_source_or_locals(stream: io.StringIO, lines: Lines) -> None:
     log_failure("job_failed", fail_with(ValueError(PROMPT)), job_id="job_1")
     (line,) = lines()
     assert (line["exc_type"], line["level"], line["job_id"]) == ("ValueError", "error", "job_1")
@@ -293,9 +287,7 @@ def test_log_failure_looks_inside_an_error_that_ray_wrapped(stream: io.StringIO,
         task_error: Any = RayTaskError
         wrapped = task_error("generate", f"Traceback: {cause} {PROMPT}", cause).as_instanceof_cause()
         log_failure("job_failed", fail_with(wrapped))
-    logged = [
-        (line["exc_type"].rpartition(".")[2], line.get("error"), line.get("detail")) for line in lines()
-    ]
+    logged = [(line["exc_type"].rpartition(".")[2], line.get("error"), line.get("detail")) for line in lines()]
     assert logged == [
         ("PromptTooLong", "prompt-too-long", None),
         ("RenderFailed", "render-failed", "the encoder failed"),
@@ -357,9 +349,7 @@ def test_log_event_shows_only_the_type_of_what_is_not_plain_data(stream: io.Stri
     class Wrapped(Enum):
         ITEM = Hostile()
 
-    log_event(
-        "odd", a=Hostile(), b=PROMPT.encode(), c=np.zeros(3), d=10**400, e=ValueError(PROMPT), f=Wrapped.ITEM
-    )
+    log_event("odd", a=Hostile(), b=PROMPT.encode(), c=np.zeros(3), d=10**400, e=ValueError(PROMPT), f=Wrapped.ITEM)
     (line,) = lines()
     assert [line[name] for name in "abcdef"] == [
         *("<Hostile>", "<bytes>", "<ndarray>", "<int>", "<ValueError>", "<Hostile>")
@@ -384,13 +374,7 @@ def test_log_event_survives_a_cycle(lines: Lines) -> None:
     fields=st.dictionaries(
         st.text(),
         st.recursive(
-            st.none()
-            | st.booleans()
-            | st.integers()
-            | st.floats()
-            | st.text()
-            | st.binary()
-            | st.complex_numbers(),
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.complex_numbers(),
             lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
             max_leaves=8,
         ),

@@ -104,9 +104,7 @@ def complaints_of_promtool(exposition: bytes) -> str:
     return (done.stdout + done.stderr).decode() + ("" if done.returncode == 0 else f"rc {done.returncode}")
 
 
-def test_ingress_counts_requests_by_route_method_and_status(
-    registry: CollectorRegistry, value: ReadValue
-) -> None:
+def test_ingress_counts_requests_by_route_method_and_status(registry: CollectorRegistry, value: ReadValue) -> None:
     metrics = IngressMetrics(registry)
     metrics.request_answered("/jobs/{job_id}", "GET", 200, 0.02)
     metrics.request_answered("/jobs/{job_id}", "GET", 200, 0.02)
@@ -114,16 +112,12 @@ def test_ingress_counts_requests_by_route_method_and_status(
     assert value("wan_http_request_duration_seconds_sum", route="/jobs/{job_id}") == pytest.approx(0.04)
 
 
-def test_ingress_labels_a_request_without_a_route_unmatched(
-    registry: CollectorRegistry, value: ReadValue
-) -> None:
+def test_ingress_labels_a_request_without_a_route_unmatched(registry: CollectorRegistry, value: ReadValue) -> None:
     IngressMetrics(registry).request_answered(None, "GET", 404, 0.001)
     assert value("wan_http_requests_total", route="unmatched", method="GET", status="404") == 1
 
 
-def test_ingress_stops_making_routes_when_raw_paths_are_passed(
-    registry: CollectorRegistry, value: ReadValue
-) -> None:
+def test_ingress_stops_making_routes_when_raw_paths_are_passed(registry: CollectorRegistry, value: ReadValue) -> None:
     metrics = IngressMetrics(registry)
     for index in range(MAX_ROUTES + 50):
         metrics.request_answered(f"/jobs/job_{index}", "GET", 200, 0.001)
@@ -132,9 +126,7 @@ def test_ingress_stops_making_routes_when_raw_paths_are_passed(
     assert value("wan_http_requests_total", route="/jobs/job_0", method="GET", status="200") == 2
 
 
-@pytest.mark.parametrize(
-    ("method", "label"), [("POST", "POST"), ("BREW", "OTHER"), ("get", "OTHER"), ("", "OTHER")]
-)
+@pytest.mark.parametrize(("method", "label"), [("POST", "POST"), ("BREW", "OTHER"), ("get", "OTHER"), ("", "OTHER")])
 def test_method_label_is_one_of_https_methods(method: str, label: str) -> None:
     assert method_label(method) == label
 
@@ -153,9 +145,7 @@ def test_ingress_counts_jobs_by_outcome_and_error(registry: CollectorRegistry, v
     assert value("wan_job_duration_seconds_sum", outcome="failed") == 4.0
 
 
-def test_ingress_never_uses_an_unknown_error_as_a_label(
-    registry: CollectorRegistry, value: ReadValue
-) -> None:
+def test_ingress_never_uses_an_unknown_error_as_a_label(registry: CollectorRegistry, value: ReadValue) -> None:
     IngressMetrics(registry).job_ended(JobState.FAILED, 4.0, error="CUDA error at 0x7f21")
     assert value("wan_jobs_total", outcome="failed", error="internal-error") == 1
 
@@ -187,18 +177,14 @@ def test_ingress_exposes_failures_before_the_first_one(registry: CollectorRegist
 
 
 @pytest.mark.parametrize("seconds", [0.3, 45.0, 700.0, 3500.0])
-def test_job_duration_has_a_bucket_near_every_length_up_to_an_hour(
-    registry: CollectorRegistry, seconds: float
-) -> None:
+def test_job_duration_has_a_bucket_near_every_length_up_to_an_hour(registry: CollectorRegistry, seconds: float) -> None:
     IngressMetrics(registry).job_ended(JobState.SUCCEEDED, seconds)
     (family,) = (m for m in registry.collect() if m.name == "wan_job_duration_seconds")
     holding = [float(s.labels["le"]) for s in family.samples if s.name.endswith("_bucket") and s.value == 1]
     assert min(holding) <= 2.5 * seconds
 
 
-def test_preprocessor_records_batches_tokens_and_its_cache(
-    registry: CollectorRegistry, value: ReadValue
-) -> None:
+def test_preprocessor_records_batches_tokens_and_its_cache(registry: CollectorRegistry, value: ReadValue) -> None:
     metrics = PreprocessorMetrics(registry)
     metrics.batch_encoded(1.5, batch_size=2)
     metrics.prompt_tokenized(17)
@@ -269,8 +255,7 @@ def test_describe_lists_exactly_the_metrics_that_the_deployments_expose(registry
     for deployment in (IngressMetrics, PreprocessorMetrics, GeneratorMetrics):
         deployment(registry)
     exposed = {
-        (m.name + ("_total" if m.type == "counter" else ""), m.type, m.documentation)
-        for m in registry.collect()
+        (m.name + ("_total" if m.type == "counter" else ""), m.type, m.documentation) for m in registry.collect()
     }
     assert {(name, type_, text) for name, type_, _, text in describe()} == exposed
 
@@ -319,18 +304,14 @@ def test_snapshot_from_another_process_merges_with_its_own_process_metrics() -> 
 
 def test_merge_labels_every_sample_with_its_deployment_and_replica() -> None:
     families = families_of(merge(whole_service()))
-    wasted = {
-        (s.labels["deployment"], s.labels["replica"]): s.value for s in families["wan_wasted_steps"].samples
-    }
+    wasted = {(s.labels["deployment"], s.labels["replica"]): s.value for s in families["wan_wasted_steps"].samples}
     assert wasted == {("Generator", "g1"): 7, ("Generator", "g2"): 7}
     assert all({"deployment", "replica"} <= s.labels.keys() for f in families.values() for s in f.samples)
 
 
 def test_merge_passes_the_parser_and_promtool() -> None:
     exposition = merge(whole_service())
-    assert (
-        families_of(exposition)["wan_model_info"].samples[0].labels["revision"] == 'a "quoted"\\ revision\n'
-    )
+    assert families_of(exposition)["wan_model_info"].samples[0].labels["revision"] == 'a "quoted"\\ revision\n'
     assert complaints_of_promtool(exposition) == ""
 
 

@@ -51,9 +51,7 @@ def test_clean_prompt_equals_the_stock_pipelines(text: str, prompt_clean: Callab
 @settings(max_examples=300, deadline=None)
 @given(text=TEXTS)
 @example(text="&amp;amp;lt;")
-def test_clean_prompt_equals_the_stock_pipelines_for_any_text(
-    text: str, prompt_clean: Callable[[str], str]
-) -> None:
+def test_clean_prompt_equals_the_stock_pipelines_for_any_text(text: str, prompt_clean: Callable[[str], str]) -> None:
     assert clean_prompt(text) == prompt_clean(text)
 
 

@@ -66,9 +66,7 @@ def test_create_refuses_a_second_record(records: JobRecords) -> None:
     assert records.get(record.job_id)[0].request_id == "request"
 
 
-@pytest.mark.parametrize(
-    "job_id", ["job_" + "0" * 32, "", "../../etc/passwd", "job_\x00", "clip_" + "0" * 32]
-)
+@pytest.mark.parametrize("job_id", ["job_" + "0" * 32, "", "../../etc/passwd", "job_\x00", "clip_" + "0" * 32])
 def test_get_finds_no_job_where_there_is_none(records: JobRecords, job_id: str) -> None:
     with pytest.raises(JobNotFound):
         records.get(job_id)
@@ -84,9 +82,7 @@ def test_transition_walks_a_job_to_its_end(records: JobRecords) -> None:
     assert record.result == rendered(record)
     assert record.at == {
         JobState.QUEUED: NOW,
-        **dict.fromkeys(
-            (JobState.PREPARING, JobState.RUNNING, JobState.SUCCEEDED), NOW + timedelta(seconds=1)
-        ),
+        **dict.fromkeys((JobState.PREPARING, JobState.RUNNING, JobState.SUCCEEDED), NOW + timedelta(seconds=1)),
     }
 
 
@@ -98,9 +94,7 @@ def test_transition_keeps_the_problem_of_a_failure(records: JobRecords) -> None:
 
 
 @pytest.mark.parametrize(("from_state", "to_state"), [(a, b) for a in JobState for b in JobState])
-def test_transition_goes_where_the_table_leads(
-    records: JobRecords, from_state: JobState, to_state: JobState
-) -> None:
+def test_transition_goes_where_the_table_leads(records: JobRecords, from_state: JobState, to_state: JobState) -> None:
     record = new_record(from_state)
     etag = records.create(record)
     if to_state in TRANSITIONS[from_state]:
@@ -144,9 +138,7 @@ def damaged_bodies() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("damage", damaged_bodies())
-def test_get_refuses_a_damaged_record_without_showing_it(
-    records: JobRecords, store: LocalStore, damage: str
-) -> None:
+def test_get_refuses_a_damaged_record_without_showing_it(records: JobRecords, store: LocalStore, damage: str) -> None:
     record = new_record()
     store.put(job_key(record.job_id), damaged_bodies()[damage])
     with pytest.raises(RecordUnreadable) as refusal:

@@ -53,9 +53,7 @@ def test_check_key_lets_nothing_out_of_the_folder(key: str) -> None:
     assert not any(part.startswith(".") for part in key.split("/"))
 
 
-@given(
-    st.from_regex(r"clip_[0-9a-f]{32}", fullmatch=True), st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True)
-)
+@given(st.from_regex(r"clip_[0-9a-f]{32}", fullmatch=True), st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True))
 def test_clip_key_round_trips(clip_id: str, attempt_token: str) -> None:
     key = clip_key(clip_id, attempt_token)
     assert parse_clip_key(key) == (clip_id, attempt_token)

@@ -53,9 +53,7 @@ def umask() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o277])
-def test_put_makes_everything_private_whatever_the_umask(
-    folder: Path, umask: Callable[[int], None], mask: int
-) -> None:
+def test_put_makes_everything_private_whatever_the_umask(folder: Path, umask: Callable[[int], None], mask: int) -> None:
     umask(mask)
     LocalStore(folder).put(KEY, b"body")
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in [folder, *folder.rglob("*")]}
@@ -210,9 +208,7 @@ def test_compare_and_swap_loses_no_update_between_threads(store: LocalStore) -> 
     assert store.get("counter").body == b"64"
 
 
-def test_etag_never_recurs_while_the_clock_stands_still(
-    store: LocalStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_etag_never_recurs_while_the_clock_stands_still(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.time_ns", lambda: 1_790_000_000_000_000_000)
     etags = [store.put("a", b"same size").etag for _ in range(30)]
     assert len(set(etags)) == 30

@@ -93,9 +93,7 @@ def test_load_secret_gives_racing_processes_the_same_one(tmp_path: Path) -> None
     assert secrets == {load_secret(None, tmp_path / "store").hex() + "\n"}
 
 
-def test_load_secret_keeps_what_another_process_made_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_load_secret_keeps_what_another_process_made_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load_secret(None, tmp_path)
     monkeypatch.setattr("os.path.lexists", lambda _path: False)  # this process looked just before
     assert load_secret(None, tmp_path) == first
@@ -109,9 +107,7 @@ def test_load_secret_is_no_object_of_the_store_beside_it(tmp_path: Path) -> None
 
 
 def test_derive_separates_purposes_and_secrets() -> None:
-    keys = {
-        derive(secret, purpose) for secret in (b"a" * 32, b"b" * 32) for purpose in ("urls", "prompts", "")
-    }
+    keys = {derive(secret, purpose) for secret in (b"a" * 32, b"b" * 32) for purpose in ("urls", "prompts", "")}
     assert len(keys) == 6
     assert {len(key) for key in keys} == {32}
     assert derive(b"a" * 32, "urls") == derive(b"a" * 32, "urls")

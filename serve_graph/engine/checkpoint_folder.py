@@ -1,0 +1,45 @@
+"""Where a checkpoint lies: a folder in diffusers' layout. Loads no weights."""
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from schemas.errors import ModelNotReady
+from schemas.model_profile import ModelProfile
+
+_LAYOUT = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+
+
+def locate_checkpoint(profile: ModelProfile, path: Path | None, revision: str | None, cache: Path) -> Path:
+    """The folder that holds the checkpoint: `path` itself, the hub's snapshot, or the tiny one, made under `cache`.
+
+    Raises ModelNotReady, in one line that says what to do, when there is no such checkpoint.
+    """
+    if path is not None:
+        folder = path
+    elif profile.hub_id is not None:
+        folder = _download(profile.hub_id, revision)
+    else:
+        from serve_graph.engine.tiny_checkpoint import build_tiny_checkpoint
+
+        folder = build_tiny_checkpoint(cache)
+    check_layout(folder)
+    return folder
+
+
+def check_layout(folder: Path) -> None:
+    """Raises ModelNotReady unless `folder` has every part of diffusers' layout."""
+    missing = [name for name in _LAYOUT if not (folder / name).exists()]
+    if missing:
+        raise ModelNotReady(
+            f"the checkpoint lacks {', '.join(missing)}: model.path must name a folder in diffusers' layout"
+        )
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    try:
+        return Path(snapshot_download(hub_id, revision=revision))
+    except OSError as error:  # every hub and network error of huggingface_hub derives from it
+        raise ModelNotReady(
+            f"{hub_id} could not be fetched from the hub: download it elsewhere and set model.path to its folder"
+        ) from error
