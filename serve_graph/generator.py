@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import ray
 from prometheus_client import Metric
 from ray import serve
 
@@ -14,6 +15,7 @@ from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask
 from schemas.health import GeneratorHealth, GpuHealth, ModelHealth
 from serve_graph.logs import configure_logging, log_event, log_failure
 from serve_graph.metrics import GeneratorMetrics, new_registry, snapshot
+from serve_graph.preprocessor import TEXT_ENCODER_GPUS
 from serve_graph.settings import Settings
 from serve_graph.stores import open_store
 
@@ -105,14 +107,22 @@ class Generator:
 
 def generator_options(settings: Settings) -> dict[str, Any]:
     """Serve's options; the config file's `deployments` go over them. The engine queues, so Serve need not."""
-    uses_gpu = settings.model.device.startswith("cuda")
     return {
         "name": "Generator",
         "max_ongoing_requests": settings.max_dispatched_jobs + 16,
-        "ray_actor_options": {"num_cpus": 0, "num_gpus": 1 if uses_gpu else 0},
+        "ray_actor_options": {"num_cpus": 0, "num_gpus": _num_gpus(settings)},
         "health_check_period_s": 5,
         "graceful_shutdown_timeout_s": settings.queue.drain_timeout_s,
     }
+
+
+def _num_gpus(settings: Settings) -> float:
+    """What to ask Ray for: without asking, a replica sees no GPU. A text encoder on it gets a tenth."""
+    there = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1
+    wanted = settings.model.device.startswith("cuda") or (settings.model.device == "auto" and there)
+    if not wanted:
+        return 0
+    return 1 - TEXT_ENCODER_GPUS if settings.model.text_device.startswith("cuda") else 1
 
 
 def _gpu(device: "torch.device") -> GpuHealth | None:

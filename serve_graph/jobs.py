@@ -39,7 +39,7 @@ from serve_graph.metrics import IngressMetrics
 from serve_graph.prompts import prompt_hash
 from storage.job_records import JobRecords
 from storage.keys import clip_key
-from storage.store import PresignedUrl, Presigner, StoreError
+from storage.store import PresignedUrl, Presigner
 
 T = TypeVar("T")
 
@@ -108,7 +108,8 @@ class JobService:
         self._metrics = metrics
         self._executor = executor
         self._live: dict[str, _LiveJob] = {}
-        self._admitting = 0
+        self._checking = 0
+        self._creating: dict[str, asyncio.Task[None]] = {}
         self._draining = False
         self._slots = asyncio.Semaphore(limits.max_dispatched_jobs)
         self._mean_job_s: float | None = None
@@ -120,32 +121,35 @@ class JobService:
         Raises InvalidRequest, PromptTooLong, QueueFull, ShuttingDown, StoreFull, StoreUnavailable; no job exists
         then.
         """
-        if self._draining:
-            raise ShuttingDown("the service is shutting down; send the request again elsewhere or later")
+        self._refuse_if_draining()
         parameters = self._profile.resolve(request)
         self._admit()
-        self._admitting += 1
+        self._checking += 1
         try:
             await self._worker.check(parameters)
-            record = JobRecord(
-                job_id=new_job_id(),
-                request_id=request_id,
-                state=JobState.QUEUED,
-                at={JobState.QUEUED: datetime.now(UTC)},
-                attempt_token=token_hex(8),
-                request=request,
-                parameters=parameters,
-                model=self._profile.name,
-                prompt_hash=prompt_hash(self._hash_secret, parameters.prompt),
-            )
-            etag = await self._io(self._records.create, record)
         finally:
-            self._admitting -= 1
-        live = _LiveJob(record, etag, began=time.monotonic())
-        self._live[record.job_id] = live
+            self._checking -= 1
+        self._refuse_if_draining()
+        record = JobRecord(
+            job_id=new_job_id(),
+            request_id=request_id,
+            state=JobState.QUEUED,
+            at={JobState.QUEUED: datetime.now(UTC)},
+            attempt_token=token_hex(8),
+            request=request,
+            parameters=parameters,
+            model=self._profile.name,
+            prompt_hash=prompt_hash(self._hash_secret, parameters.prompt),
+        )
         # An empty context: Serve cancels what runs in a request's context when its client goes away.
-        live.task = asyncio.create_task(self._run(live), context=contextvars.Context())
-        self._tell_metrics()
+        creating = asyncio.create_task(self._create(record), context=contextvars.Context())
+        self._creating[record.job_id] = creating
+        try:
+            await asyncio.shield(creating)
+        except asyncio.CancelledError:
+            # Nobody will learn this job's id: the write can't be stopped, so what it begins is.
+            creating.add_done_callback(lambda _: self.cancel(record.job_id))
+            raise
         return record
 
     async def wait(self, job_id: str) -> Clip:
@@ -176,21 +180,22 @@ class JobService:
             record = await self._record(job_id_of(clip_id))
         except JobNotFound as error:
             raise ClipNotFound from error
-        if record.result is None:
+        if record.result is None or record.clip_id != clip_id:
             raise ClipNotFound
         return self._presign(record, record.result)
 
     def cancel(self, job_id: str) -> None:
         """Cancel a job of this process, unless it has ended or its end is being recorded."""
         live = self._live.get(job_id)
-        if live is not None and live.task is not None and not live.ending:
-            live.task.cancel()
+        if live is not None:
+            # Behind its first step: a task that is cancelled before that never enters its `try`.
+            asyncio.get_running_loop().call_soon(self._cancel_now, live)
 
     def queue(self) -> QueueHealth:
         """How full the service is."""
         running = sum(live.started for live in self._live.values())
         return QueueHealth(
-            waiting=len(self._live) - running + self._admitting,
+            waiting=len(self._live) - running + self._checking + len(self._creating),
             running=running,
             capacity=self._limits.max_waiting_jobs,
         )
@@ -198,6 +203,8 @@ class JobService:
     async def drain(self, timeout_s: float) -> None:
         """Refuse new jobs, let those of this process end, and cancel what has not after `timeout_s`."""
         self._draining = True
+        if self._creating:
+            await asyncio.wait(self._creating.values())
         tasks = {job_id: live.task for job_id, live in self._live.items() if live.task is not None}
         if not tasks:
             return
@@ -207,11 +214,31 @@ class JobService:
                 self.cancel(job_id)
             await asyncio.wait(late)
 
+    def _refuse_if_draining(self) -> None:
+        if self._draining:
+            raise ShuttingDown("the service is shutting down; send the request again elsewhere or later")
+
     def _admit(self) -> None:
         waiting = self.queue().waiting
         if waiting >= self._limits.max_waiting_jobs:
             seconds = (self._mean_job_s or 1.0) * waiting / self._limits.max_dispatched_jobs
             raise QueueFull(self._limits.max_waiting_jobs, min(MAX_RETRY_AFTER_S, max(1, round(seconds))))
+
+    async def _create(self, record: JobRecord) -> None:
+        """Write a new record and start its job."""
+        try:
+            etag = await self._io(self._records.create, record)
+        finally:
+            del self._creating[record.job_id]
+        live = _LiveJob(record, etag, began=time.monotonic())
+        self._live[record.job_id] = live
+        live.task = asyncio.create_task(self._run(live))
+        self._tell_metrics()
+
+    @staticmethod
+    def _cancel_now(live: _LiveJob) -> None:
+        if live.task is not None and not live.ending:
+            live.task.cancel()
 
     async def _run(self, live: _LiveJob) -> None:
         """A job from its slot to its end. The boundary where every failure becomes the job's."""
@@ -266,7 +293,7 @@ class JobService:
         """Record the end and tell the log and the metrics."""
         try:
             await self._transition(live, state, result=result, error=error)
-        except (WanError, StoreError) as failure:
+        except Exception as failure:  # whatever it is, the waiter has to hear of it
             # The waiter learns why; the record keeps the last state that could be written.
             log_failure("record_failed", failure, job_id=live.record.job_id)
             known = failure if isinstance(failure, WanError) else InternalError()

@@ -19,6 +19,9 @@ from serve_graph.settings import Settings
 BATCH_WAIT_S = 0.0
 """Text encoding is quick: whatever is queued when the encoder is free makes the next batch."""
 
+TEXT_ENCODER_GPUS = 0.1
+"""Ray's share of a GPU for a text encoder that sits beside the generator; memory is not divided by it."""
+
 
 class Preprocessor:
     """Counts tokens and encodes prompts, those that arrive together in one forward."""
@@ -82,5 +85,8 @@ def preprocessor_options(settings: Settings) -> dict[str, Any]:
     return {
         "name": "Preprocessor",
         "max_ongoing_requests": settings.queue.max_waiting_jobs + settings.max_dispatched_jobs + 16,
-        "ray_actor_options": {"num_cpus": 0},
+        "ray_actor_options": {
+            "num_cpus": 0,
+            "num_gpus": TEXT_ENCODER_GPUS if settings.model.text_device.startswith("cuda") else 0,
+        },
     }

@@ -25,6 +25,7 @@ from serve_graph.proxy import CALLBACK
 from serve_graph.settings import ConfigError, Settings, read_settings
 
 IMPORT_PATH = "serve_graph.app:build_app"
+LOOPBACK = frozenset({"127.0.0.1", "localhost"})
 START_TIMEOUT_S = 1_800.0
 """A 14B checkpoint from a cold disk takes minutes; a failed start ends sooner, by its own report."""
 
@@ -66,8 +67,11 @@ def load_config(path: Path, host: str | None = None, port: int | None = None) ->
     http = {"host": "127.0.0.1", "port": 8000, **(raw.get("http_options") or {})}
     http |= {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     raw["http_options"] = http
-    url_host = "127.0.0.1" if http["host"] in {"0.0.0.0", "::"} else http["host"]  # noqa: S104  # compared only
-    settings = read_settings(ours[0].get("args") or {}, public_url=f"http://{url_host}:{http['port']}")
+    if http["host"] not in LOOPBACK:
+        raise ConfigError(
+            f"http_options.host is {http['host']}: without API keys the service answers on loopback only (127.0.0.1)"
+        )
+    settings = read_settings(ours[0].get("args") or {}, public_url=f"http://{http['host']}:{http['port']}")
     ours[0]["args"] = settings.model_dump(mode="json")
     return ServeConfig(raw, ours[0].get("name", "default"), http["host"], http["port"], settings)
 

@@ -37,10 +37,10 @@ class ModelSettings(_Section):
     profile: str = Field(default="wan-tiny", description="A profile's name: " + ", ".join(PROFILES) + ".")
     path: Path | None = Field(default=None, description="A checkpoint in diffusers' layout; else the profile's own.")
     revision: str | None = Field(default=None, description="The hub's revision, where the profile has a hub id.")
-    device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or `cuda:N`; for the generator.")
+    device: str = Field(default="auto", description="For the generator: `cpu`, `cuda`, or `auto`, a GPU where there is one.")
     dtype: Dtype = Field(default="auto", description="Of the transformer; `auto`: bfloat16 on a GPU.")
     vae_dtype: Dtype = Field(default="float32", description="Of the VAE.")
-    text_device: str = Field(default="cpu", description="Where the text encoder runs.")
+    text_device: str = Field(default="cpu", description="For the text encoder: `cpu` or `cuda`.")
     text_dtype: Dtype = Field(default="auto", description="Of the text encoder.")
 
     @model_validator(mode="after")
@@ -111,7 +111,9 @@ class Settings(BaseSettings):
         default=3_600, ge=MIN_URL_TTL_S, le=MAX_URL_TTL_S, description="Seconds that a URL works by default."
     )
     max_body_bytes: int = Field(default=64 * 1024, ge=1_024, description="Larger request bodies get a 413.")
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="The least level that is logged."
+    )
     model: ModelSettings = ModelSettings()
     storage: StorageSettings = StorageSettings()
     queue: QueueSettings = QueueSettings()

@@ -1,11 +1,11 @@
-"""Shared by the tests of the job service and the API: a scripted worker, a store that can be held or broken."""
+"""For the tests of the job service and the API: a scripted worker, a store that can be held or broken."""
 
 import asyncio
 import hashlib
 import io
 import json
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -225,10 +225,3 @@ class LogLines:
         """The lines of one event, in their order."""
         lines = [json.loads(line) for line in self.text.splitlines()]
         return [line for line in lines if line["event"] == event]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Let the event loop turn until `condition` holds."""
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():
-            await asyncio.sleep(0)

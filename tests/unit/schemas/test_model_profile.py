@@ -241,40 +241,46 @@ def test_resolve_accepts_the_legal_and_refuses_the_rest_by_name(
     asked = {**size, **length, **rest}
     request = GenerateRequest.model_validate({"prompt": "a", **asked})
 
-    try:
-        parameters = profile.resolve(request)
-    except InvalidRequest as refusal:
-        assert refusal.errors
-        for error in refusal.errors:
-            assert error.field in BOUNDED
-            assert error.legal
-            assert error.legal == profile.legal(error.field)
-            assert error.legal in error.message
-        # a value that a refusal names as the nearest is not refused for itself
-        for error in refusal.errors:
-            if error.field in {"num_frames", "fps", "num_inference_steps", "guidance_scale", "flow_shift"}:
-                assert error.nearest
-                for value in error.nearest:
-                    assert error.field not in _fields_refused(profile, {error.field: value})
+    outcome = _resolve_or_refuse(profile, request)
+    if isinstance(outcome, InvalidRequest):
+        assert outcome.errors
+        for error in outcome.errors:
+            _check_refusal(profile, error)
     else:
-        assert (parameters.width, parameters.height) in {(r.width, r.height) for r in profile.resolutions}
-        assert (parameters.num_frames - 1) % 4 == 0
-        assert profile.min_num_frames <= parameters.num_frames <= profile.max_num_frames
-        assert parameters.fps in profile.fps
-        assert 1 <= parameters.num_inference_steps <= profile.max_num_inference_steps
-        assert profile.min_guidance_scale <= parameters.guidance_scale <= profile.max_guidance_scale
-        assert profile.min_flow_shift <= parameters.flow_shift <= profile.max_flow_shift
-        assert 0 <= parameters.seed <= MAX_SEED
+        _check_obeys(profile, outcome)
         for field, value in asked.items():  # nothing was corrected
             if field == "duration":
-                assert parameters.duration == pytest.approx(value, abs=1e-6)
+                assert outcome.duration == pytest.approx(value, abs=1e-6)
             elif field not in {"resolution", "aspect_ratio"}:
-                assert getattr(parameters, field) == value
+                assert getattr(outcome, field) == value
 
 
-def _fields_refused(profile: ModelProfile, fields: dict[str, Any]) -> set[str]:
+def _resolve_or_refuse(profile: ModelProfile, request: GenerateRequest) -> GenerationParameters | InvalidRequest:
     try:
-        profile.resolve(GenerateRequest.model_validate({"prompt": "a", **fields}))
+        return profile.resolve(request)
     except InvalidRequest as refusal:
-        return {error.field for error in refusal.errors}
-    return set()
+        return refusal
+
+
+def _check_refusal(profile: ModelProfile, error: FieldError) -> None:
+    """It names the field and what is legal; a value that it calls the nearest is legal itself."""
+    assert error.field in BOUNDED
+    assert error.legal
+    assert error.legal == profile.legal(error.field)
+    assert error.legal in error.message
+    if error.field not in {"resolution", "aspect_ratio", "width", "height", "duration"}:
+        assert error.nearest
+        for value in error.nearest:
+            request = GenerateRequest.model_validate({"prompt": "a", error.field: value})
+            assert isinstance(_resolve_or_refuse(profile, request), GenerationParameters)
+
+
+def _check_obeys(profile: ModelProfile, parameters: GenerationParameters) -> None:
+    assert (parameters.width, parameters.height) in {(r.width, r.height) for r in profile.resolutions}
+    assert (parameters.num_frames - 1) % 4 == 0
+    assert profile.min_num_frames <= parameters.num_frames <= profile.max_num_frames
+    assert parameters.fps in profile.fps
+    assert 1 <= parameters.num_inference_steps <= profile.max_num_inference_steps
+    assert profile.min_guidance_scale <= parameters.guidance_scale <= profile.max_guidance_scale
+    assert profile.min_flow_shift <= parameters.flow_shift <= profile.max_flow_shift
+    assert 0 <= parameters.seed <= MAX_SEED
