@@ -153,8 +153,6 @@ def _ray(settings: Settings) -> Iterator[None]:
     )
     import ray
     from ray._private.ray_logging import global_worker_stdstream_dispatcher as worker_output
-
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(
         address="local",
         namespace="serve",
@@ -208,6 +206,7 @@ def _deploy(config: ServeConfig, stopping: threading.Event) -> None:
         proxy_location=ProxyLocation(schema.proxy_location),
         global_logging_config=schema.logging_config,
     )
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # of this process; Serve has just set it to INFO
     client.deploy_apps(schema)
     deadline = time.monotonic() + START_TIMEOUT_S
     while not stopping.wait(_POLL_S):
