@@ -211,7 +211,7 @@ class UrlExpired(WanError):
 
 
 class RangeNotSatisfiable(WanError):
-    """The Range header asks for bytes behind the end. `args[0]` is the clip's size in bytes."""
+    """The Range header asks for bytes behind the end."""
 
     name = "range-not-satisfiable"
     title = "The range is not satisfiable"
@@ -221,8 +221,12 @@ class RangeNotSatisfiable(WanError):
         Exception.__init__(self, size_bytes)
 
     @property
+    def size_bytes(self) -> int:
+        return int(self.args[0])
+
+    @property
     def detail(self) -> str:
-        return f"the clip has {self.args[0]} bytes"
+        return f"the clip has {self.size_bytes} bytes"
 
 
 class QueueFull(WanError):

@@ -118,7 +118,8 @@ def generator_options(settings: Settings) -> dict[str, Any]:
 
 def _num_gpus(settings: Settings) -> float:
     """What to ask Ray for: without asking, a replica sees no GPU. A text encoder on it gets a tenth."""
-    there = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1
+    resources: dict[str, float] = ray.cluster_resources() if ray.is_initialized() else {}  # type: ignore[no-untyped-call]  # Ray's
+    there = resources.get("GPU", 0) >= 1
     wanted = settings.model.device.startswith("cuda") or (settings.model.device == "auto" and there)
     if not wanted:
         return 0

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator
 from concurrent.futures import Executor, Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from serve_graph.engine.loop import Engine
 from serve_graph.metrics import GeneratorMetrics
 from serve_graph.settings import EncodeSettings
 from storage.os_errors import store_errors
-from storage.store import ObjectStore
+from storage.store import ObjectStore, StoreError
 
 PROGRESS_INTERVAL_S = 0.1
 """Between two progress events of one job: no person sees more, and each costs a message between processes."""
@@ -61,7 +62,7 @@ class ClipEncoder:
     def write(self, frames: npt.NDArray[np.uint8]) -> None:
         """Queue (t, H, W, 3) uint8 RGB; waits while the encoder lags. Raises what made the encoder stop."""
         with self._changed:
-            if self._encoding is None:
+            if self._encoding is None and self._failure is None:
                 self._encoding = self._executor.submit(self._encode)
             self._changed.wait_for(lambda: len(self._chunks) < _MAX_QUEUED_CHUNKS or self._failure is not None)
             if self._failure is not None:
@@ -83,8 +84,8 @@ class ClipEncoder:
         with self._changed:
             self._failure = self._failure or JobCancelled()
             self._changed.notify_all()
-        if self._encoding is not None:
-            await asyncio.wait([asyncio.wrap_future(self._encoding)])
+        if self._encoding is not None and not self._encoding.cancel():
+            await asyncio.gather(asyncio.wrap_future(self._encoding), return_exceptions=True)
 
     def _encode(self) -> Encoded:
         busy_s = 0.0
@@ -99,10 +100,18 @@ class ClipEncoder:
                 size_bytes, sha256 = _digest(self._writer.path)
             return Encoded(size_bytes, sha256, busy_s + time.monotonic() - began)
         except WanError as error:
-            with self._changed:
-                self._failure = error
-                self._changed.notify_all()
+            self._fail(error)
             raise
+        except Exception as error:  # whatever it is, the device thread must not wait for this encoder any more
+            failure = RenderFailed("the encoder failed on this job")
+            failure.__cause__ = error  # set at once: the device thread may raise it first
+            self._fail(failure)
+            raise failure from error
+
+    def _fail(self, failure: WanError) -> None:
+        with self._changed:
+            self._failure = failure
+            self._changed.notify_all()
 
     def _next(self) -> npt.NDArray[np.uint8] | None:
         with self._changed:
@@ -189,7 +198,8 @@ class Renderer:
 
         def tell(event: EngineEvent) -> None:
             if not isinstance(event, Denoised):
-                loop.call_soon_threadsafe(events.put_nowait, event)
+                with suppress(RuntimeError):  # the loop is closed, so nobody listens any more
+                    loop.call_soon_threadsafe(events.put_nowait, event)
 
         self._engine.submit(EngineJob(task.job_id, task.parameters, prompt, encoder, tell))
         next_progress = 0.0
@@ -214,7 +224,7 @@ class Renderer:
         except WanError as error:
             self._metrics.upload_failed(error.name)
             raise
-        except OSError as error:  # the spooled file is gone
+        except (StoreError, OSError) as error:  # the key is taken, or the spooled file is gone
             self._metrics.upload_failed(InternalError.name)
             raise InternalError from error
         self._metrics.clip_uploaded(encoded.size_bytes)

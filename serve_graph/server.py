@@ -61,12 +61,11 @@ def load_config(path: Path, host: str | None = None, port: int | None = None) ->
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold a mapping")
     applications = raw.get("applications")
-    ours = [app for app in applications or [] if isinstance(app, dict) and app.get("import_path") == IMPORT_PATH]
+    listed = applications if isinstance(applications, list) else []
+    ours = [app for app in listed if isinstance(app, dict) and app.get("import_path") == IMPORT_PATH]
     if len(ours) != 1:
         raise ConfigError(f"{path} must list one application with import_path: {IMPORT_PATH}")
-    http = {"host": "127.0.0.1", "port": 8000, **(raw.get("http_options") or {})}
-    http |= {name: value for name, value in (("host", host), ("port", port)) if value is not None}
-    raw["http_options"] = http
+    raw["http_options"] = http = _http_options(path, raw, host, port)
     if http["host"] not in LOOPBACK:
         raise ConfigError(
             f"http_options.host is {http['host']}: without API keys the service answers on loopback only (127.0.0.1)"
@@ -74,6 +73,18 @@ def load_config(path: Path, host: str | None = None, port: int | None = None) ->
     settings = read_settings(ours[0].get("args") or {}, public_url=f"http://{http['host']}:{http['port']}")
     ours[0]["args"] = settings.model_dump(mode="json")
     return ServeConfig(raw, ours[0].get("name", "default"), http["host"], http["port"], settings)
+
+
+def _http_options(path: Path, raw: dict[str, Any], host: str | None, port: int | None) -> dict[str, Any]:
+    """The file's `http_options` with the defaults under it and the command line over it."""
+    given = raw.get("http_options") or {}
+    if not isinstance(given, dict):
+        raise ConfigError(f"{path}: http_options must be a mapping")
+    over = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    http: dict[str, Any] = {"host": "127.0.0.1", "port": 8000, **given, **over}
+    if type(http["port"]) is not int or not 0 < http["port"] < 65_536:
+        raise ConfigError(f"{path}: http_options.port must be a whole number from 1 to 65535")
+    return http
 
 
 def serve_forever(config: ServeConfig) -> None:
@@ -153,6 +164,7 @@ def _ray(settings: Settings) -> Iterator[None]:
     )
     import ray
     from ray._private.ray_logging import global_worker_stdstream_dispatcher as worker_output
+
     ray.init(
         address="local",
         namespace="serve",

@@ -37,7 +37,9 @@ class ModelSettings(_Section):
     profile: str = Field(default="wan-tiny", description="A profile's name: " + ", ".join(PROFILES) + ".")
     path: Path | None = Field(default=None, description="A checkpoint in diffusers' layout; else the profile's own.")
     revision: str | None = Field(default=None, description="The hub's revision, where the profile has a hub id.")
-    device: str = Field(default="auto", description="For the generator: `cpu`, `cuda`, or `auto`, a GPU where there is one.")
+    device: str = Field(
+        default="auto", description="For the generator: `cpu`, `cuda`, or `auto`, a GPU where there is one."
+    )
     dtype: Dtype = Field(default="auto", description="Of the transformer; `auto`: bfloat16 on a GPU.")
     vae_dtype: Dtype = Field(default="float32", description="Of the VAE.")
     text_device: str = Field(default="cpu", description="For the text encoder: `cpu` or `cuda`.")
@@ -192,11 +194,18 @@ def read_settings(args: Mapping[str, Any], public_url: str | None = None) -> Set
 
 
 def _refuse_unknown_variables() -> None:
-    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    """A section's variable has a second part, which the section itself checks; any other has none."""
     for name in os.environ:
-        head = name.upper().split("__")[0]
-        if head.startswith(ENV_PREFIX) and head not in known and name.upper() not in SECRET_NAMES:
+        if not name.upper().startswith(ENV_PREFIX) or name.upper() in SECRET_NAMES:
+            continue
+        first, *rest = name.lower().removeprefix(ENV_PREFIX.lower()).split("__")
+        field = Settings.model_fields.get(first)
+        if field is None or _is_section(field.annotation) != bool(rest):
             raise ConfigError(f"unknown environment variable {name}")
+
+
+def _is_section(annotation: object) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, _Section)
 
 
 def _in_words(mistake: Any) -> str:

@@ -9,7 +9,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from schemas.errors import PromptTooLong
@@ -38,11 +37,12 @@ class EmbeddingCache:
         return found
 
     def put(self, text: str, embedding: TextEmbedding) -> None:
-        """Keep an embedding, unless it alone is over the bound."""
-        if embedding.nbytes > self._max_bytes:
+        """Keep an embedding, unless it alone is over the bound or what is kept was encoded alone and it was not."""
+        known = self._entries.get(text)
+        if embedding.nbytes > self._max_bytes or (known is not None and known.solo and not embedding.solo):
             return
-        replaced = self._entries.pop(text, None)
-        self.nbytes += embedding.nbytes - (replaced.nbytes if replaced is not None else 0)
+        self._entries.pop(text, None)  # what is new goes to the end
+        self.nbytes += embedding.nbytes - (known.nbytes if known is not None else 0)
         self._entries[text] = embedding
         while self.nbytes > self._max_bytes:
             _, dropped = self._entries.popitem(last=False)
@@ -112,7 +112,7 @@ class TextEncoder:
 
 def _embedding(rows: torch.Tensor, solo: bool) -> TextEmbedding:
     bits = rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows
-    values = np.ascontiguousarray(bits.numpy())
+    values = bits.numpy().copy()  # a view would keep the whole padded batch in memory
     return TextEmbedding(values=values, dtype=_DTYPE_NAMES[rows.dtype], solo=solo)  # type: ignore[arg-type]  # a key
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from serve_graph.metrics import GeneratorMetrics
     from serve_graph.text_encoding import TextEncoder
 
-JOB_TIMEOUT_S = 60.0
+JOB_TIMEOUT_S = 30.0
 """How long a test waits for a tiny job, which takes a fraction of a second on an idle core."""
 
 

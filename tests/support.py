@@ -211,15 +211,29 @@ def open_jobs(
         yield Jobs(service, worker, store, records, presigner, registry, metrics, executor, clock)
 
 
-class LogLines:
-    """What the service has logged so far."""
+class LogLines(io.StringIO):
+    """What the service has logged so far: the stream that it logs to. Written and read in the event loop."""
 
-    def __init__(self, stream: io.StringIO) -> None:
-        self._stream = stream
+    def __init__(self) -> None:
+        super().__init__()
+        self._written = asyncio.Event()
+
+    def write(self, text: str) -> int:
+        self._written.set()
+        return super().write(text)
 
     @property
     def text(self) -> str:
-        return self._stream.getvalue()
+        return self.getvalue()
+
+    async def wait_for(self, event: str) -> dict[str, Any]:
+        """The one line of an event, once it is there."""
+        async with asyncio.timeout(PATIENCE_S):
+            while not self.of(event):
+                self._written.clear()
+                await self._written.wait()
+        (line,) = self.of(event)
+        return line
 
     def of(self, event: str) -> list[dict[str, Any]]:
         """The lines of one event, in their order."""

@@ -38,7 +38,12 @@ def create_api(
             yield
 
     app: FastAPI = FastAPIOffline(
-        title="wan-serve", description=DESCRIPTION, version="0.1.0", redoc_url=None, lifespan=lifespan
+        title="wan-serve",
+        description=DESCRIPTION,
+        version="0.1.0",
+        redoc_url=None,
+        lifespan=lifespan,
+        redirect_slashes=False,
     )
     install_handlers(app, profile)
     app.include_router(routes(service, profile))

@@ -33,9 +33,8 @@ def clip_file_routes(clips: SignedClips) -> APIRouter:
     """`GET` and `HEAD` of `/outputs/{clip_id}/{name}`."""
     router = APIRouter()
 
-    @router.api_route(
+    @router.get(
         "/outputs/{clip_id}/{name}",
-        methods=["GET", "HEAD"],
         response_class=Response,
         responses={
             200: {"content": {"video/mp4": {}}, "description": "The clip."},
@@ -44,6 +43,7 @@ def clip_file_routes(clips: SignedClips) -> APIRouter:
             **problems(403, 404, 416, 422, 500, 503),
         },
     )
+    @router.api_route("/outputs/{clip_id}/{name}", methods=["GET", "HEAD"], include_in_schema=False)  # serves both
     async def get_clip_file(
         request: Request,
         clip_id: Annotated[str, Path(examples=["clip_" + "0" * 32])],
@@ -61,7 +61,8 @@ def clip_file_routes(clips: SignedClips) -> APIRouter:
         }
         if disposition is not None:
             headers["Content-Disposition"] = disposition
-        if etag in request.headers.get("if-none-match", ""):
+        known = request.headers.get("if-none-match", "")
+        if known.strip() == "*" or etag in known:
             return Response(status_code=304, headers=headers)
         _tidy_range(request, stat.size_bytes)
         return FileResponse(path, media_type=content_type(key), headers=headers)

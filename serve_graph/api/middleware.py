@@ -51,7 +51,8 @@ class RequestMiddleware:
 
         try:
             body = await self._read_body(scope, receive)
-            await self._app(scope, _replay(body, receive), send_with_id)
+            if body is not None:
+                await self._app(scope, _replay(body, receive), send_with_id)
         except Exception as failure:  # the fourth handler: whatever got past the other three
             if not isinstance(failure, BodyTooLarge):
                 log_failure("request_failed", failure, request_id=context.request_id)
@@ -77,8 +78,11 @@ class RequestMiddleware:
                 parameters=context.parameters,
             )
 
-    async def _read_body(self, scope: Scope, receive: Receive) -> deque[Message]:
-        """The body's messages, held here so that its size is known before anything is parsed."""
+    async def _read_body(self, scope: Scope, receive: Receive) -> deque[Message] | None:
+        """The body's messages, held here so that its size is known before anything is parsed.
+
+        None when the client went away before it had sent all of it.
+        """
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isascii() and announced.isdigit() and int(announced[:12]) > self._max_body_bytes:
             raise BodyTooLarge(self._max_body_bytes)
@@ -86,6 +90,8 @@ class RequestMiddleware:
         size = 0
         while True:
             message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
             messages.append(message)
             size += len(message.get("body", b""))
             if size > self._max_body_bytes:

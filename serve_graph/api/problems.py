@@ -16,11 +16,15 @@ from schemas.errors import (
     InvalidRequest,
     MethodNotAllowed,
     Problem,
+    RangeNotSatisfiable,
     RouteNotFound,
     WanError,
 )
 from schemas.model_profile import ModelProfile
 from serve_graph.api.context import context_of
+
+MAX_FIELD_ERRORS = 32
+"""The request has 15 fields; the rest is a body full of unknown ones, and its answer stays small."""
 
 _BODY = "body"
 
@@ -48,7 +52,10 @@ def install_handlers(app: FastAPI, profile: ModelProfile) -> None:
     """Three of the four handlers; the fourth, for everything else, is `RequestMiddleware`."""
 
     async def on_wan_error(request: Request, error: Exception) -> Response:
-        return answer(request, error if isinstance(error, WanError) else InternalError())
+        headers = None
+        if isinstance(error, RangeNotSatisfiable):
+            headers = {"Content-Range": f"bytes */{error.size_bytes}"}
+        return answer(request, error if isinstance(error, WanError) else InternalError(), headers)
 
     async def on_invalid(request: Request, error: Exception) -> Response:
         mistakes = error.errors() if isinstance(error, RequestValidationError) else []
@@ -65,8 +72,8 @@ def install_handlers(app: FastAPI, profile: ModelProfile) -> None:
 
 
 def field_errors(mistakes: Sequence[Any], profile: ModelProfile) -> list[FieldError]:
-    """pydantic's mistakes with the profile's legal values, and without what the client sent."""
-    return [_field_error(mistake, profile) for mistake in mistakes]
+    """pydantic's first mistakes with the profile's legal values, and without what the client sent."""
+    return [_field_error(mistake, profile) for mistake in mistakes[:MAX_FIELD_ERRORS]]
 
 
 def _field_error(mistake: Mapping[str, Any], profile: ModelProfile) -> FieldError:

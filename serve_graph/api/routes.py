@@ -1,7 +1,7 @@
 """The routes. Each one reads a request, asks the job service or the health monitor, and shapes the answer."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -9,7 +9,7 @@ from fastapi import APIRouter, Body, Header, Path, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 
 from schemas.clips import Clip
-from schemas.errors import PROBLEM_MEDIA_TYPE, Problem
+from schemas.errors import PROBLEM_MEDIA_TYPE
 from schemas.health import Health
 from schemas.jobs import Job
 from schemas.model_profile import ModelProfile
@@ -50,9 +50,12 @@ class Service:
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The OpenAPI entries for the problem documents that a route may answer with."""
+    """The OpenAPI entries for the problem documents that a route may answer with.
+
+    No `model`: FastAPI would add it as application/json. `Problem` is in the document through `Job`.
+    """
     content = {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {status: {"model": Problem, "content": content, "description": "A problem"} for status in statuses}
+    return {status: {"content": content, "description": "A problem"} for status in statuses}
 
 
 def routes(service: Service, profile: ModelProfile) -> APIRouter:
@@ -70,7 +73,7 @@ def routes(service: Service, profile: ModelProfile) -> APIRouter:
     async def generate(
         request: Request,
         body: Annotated[GenerateRequest, Body(openapi_examples=EXAMPLES)],
-        prefer: Annotated[str | None, Header(description="`respond-async` answers at once.")] = None,
+        prefer: Annotated[list[str] | None, Header(description="`respond-async` answers at once.")] = None,
     ) -> Response | Clip:
         """Make one clip. Waits for it, unless `Prefer: respond-async` asks for the job instead."""
         context = context_of(request.scope)
@@ -79,7 +82,7 @@ def routes(service: Service, profile: ModelProfile) -> APIRouter:
         context.job_id = record.job_id
         context.prompt_hash = record.prompt_hash
         context.parameters = record.parameters
-        if wants_async(prefer):
+        if wants_async(prefer or ()):
             job = await service.jobs.job(record.job_id)
             headers = {"Location": f"/jobs/{record.job_id}", "Preference-Applied": RESPOND_ASYNC}
             return JSONResponse(job.model_dump(mode="json"), status_code=202, headers=headers)
@@ -90,13 +93,13 @@ def routes(service: Service, profile: ModelProfile) -> APIRouter:
         """How a job is doing, and its clip once it is done."""
         return await service.jobs.job(job_id)
 
-    @router.api_route(
+    @router.get(
         "/outputs/{clip_id}",
-        methods=["GET", "HEAD"],
         status_code=307,
         response_class=Response,
         responses={307: {"description": "To a freshly signed URL."}, **problems(404, 422, 500, 503)},
     )
+    @router.api_route("/outputs/{clip_id}", methods=["GET", "HEAD"], include_in_schema=False)  # serves both
     async def get_output(clip_id: Annotated[str, Path(examples=["clip_" + "0" * 32])]) -> Response:
         """Redirect to a freshly signed URL of the clip."""
         signed = await service.jobs.clip_url(clip_id)
@@ -140,9 +143,9 @@ def routes(service: Service, profile: ModelProfile) -> APIRouter:
     return router
 
 
-def wants_async(prefer: str | None) -> bool:
-    """Whether a Prefer header holds `respond-async` (RFC 7240: a comma-separated list; parameters are ignored)."""
-    preferences = (prefer or "").split(",")
+def wants_async(prefer: Iterable[str]) -> bool:
+    """Whether Prefer headers hold `respond-async` (RFC 7240: comma-separated lists; parameters are ignored)."""
+    preferences = ",".join(prefer).split(",")
     return any(preference.split(";")[0].strip().lower() == RESPOND_ASYNC for preference in preferences)
 
 

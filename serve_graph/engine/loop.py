@@ -59,6 +59,7 @@ class Engine:
         self._waiting: deque[EngineJob] = deque()
         self._in_flight: list[EngineJob] = []
         self._closing = False
+        self._ended = False
         self._busy_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="wan-device", daemon=True)
         self._thread.start()
@@ -68,7 +69,7 @@ class Engine:
         with self._changed:
             if self._closing:
                 raise ShuttingDown("the engine is closing")
-            if not self._thread.is_alive():
+            if self._ended:
                 raise WorkerLost("the device thread has died")
             self._waiting.append(job)
             self._changed.notify()
@@ -83,7 +84,7 @@ class Engine:
 
     def check(self) -> None:
         """Raise WorkerLost when the device thread is dead or hangs in a unit of work."""
-        if not self._thread.is_alive():
+        if self._ended:
             raise WorkerLost("the device thread has died")
         busy_since = self._busy_since
         if busy_since is not None and time.monotonic() - busy_since > self._limits.hang_timeout_s:
@@ -101,15 +102,14 @@ class Engine:
         try:
             while self._wait_for_work():
                 work = next_work(self._in_flight, self._max_batch_tokens)
-                self._busy_since = time.monotonic()
                 if isinstance(work, Decode):
                     self._decode(self._in_flight[work.index])
                 elif isinstance(work, Step):
                     self._step([self._in_flight[i] for i in work.indices])
-                self._busy_since = None
             ending = ShuttingDown("the engine is closing")
         finally:
             with self._changed:
+                self._ended = True  # from here on nobody would tell a job that it ended
                 left = [*self._in_flight, *self._waiting]
                 self._waiting.clear()
             for job in left:
@@ -125,6 +125,7 @@ class Engine:
                 self._waiting = deque(job for job in self._waiting if not job.cancelled)
                 slots = self._limits.max_jobs_in_flight - len(self._in_flight)
                 admitted = [self._waiting.popleft() for _ in range(min(slots, len(self._waiting)))]
+                self._in_flight += admitted  # at once, so that `cancel` finds them at any moment
                 if cancelled or admitted or self._in_flight:
                     break
                 self._changed.wait()
@@ -135,7 +136,6 @@ class Engine:
         return True
 
     def _admit(self, job: EngineJob) -> None:
-        self._in_flight.append(job)
         self._metrics.set_jobs_in_flight(len(self._in_flight))
         job.notify(Started())
         self._guarded([job], lambda: job.begin(self._parts, self._limits.text_length))
@@ -173,14 +173,18 @@ class Engine:
 
     def _guarded(self, jobs: Sequence[EngineJob], unit: Callable[[], None]) -> bool:
         """Run one unit of work for `jobs`. Returns whether it succeeded; a failure ends only who caused it."""
+        self._busy_since = time.monotonic()
         try:
             unit()
         except Exception as error:  # the boundary where a job's failure becomes the job's and nobody else's
-            for job in jobs:
-                self._on_error(job.job_id, error)
+            if not isinstance(error, JobCancelled):  # a sink stops that way when its reader went away
+                for job in jobs:
+                    self._on_error(job.job_id, error)
             problem = as_problem(error)
         else:
             return True
+        finally:
+            self._busy_since = None
         if isinstance(problem, OutOfMemory):  # outside the handler, whose traceback holds on to tensors
             self._shrink(jobs)
         if len(jobs) == 1:

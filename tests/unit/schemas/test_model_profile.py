@@ -51,7 +51,7 @@ def test_resolve_fills_in_the_profiles_defaults(profile: ModelProfile) -> None:
 
 
 def test_resolve_keeps_what_was_asked_for() -> None:
-    asked = {
+    asked: dict[str, Any] = {
         "negative_prompt": "",
         "width": 480,
         "height": 832,
@@ -154,7 +154,7 @@ def test_resolve_finds_the_size_by_name_and_ratio() -> None:
     ],
 )
 def test_resolve_names_the_nearest_bound(field: str, value: float, nearest: tuple[float, ...]) -> None:
-    errors = refused(**{field: value})
+    errors = refused(WAN_1_3B, **{field: value})
 
     assert set(errors) == {field}
     assert errors[field].nearest == nearest
@@ -195,7 +195,7 @@ def test_guidance_is_off_at_a_scale_of_one(scale: float) -> None:
     assert resolve(guidance_scale=scale).does_guidance == (scale > 1)
 
 
-sizes = st.one_of(
+sizes: st.SearchStrategy[dict[str, Any]] = st.one_of(
     st.just({}),
     st.fixed_dictionaries(
         {},
@@ -211,7 +211,7 @@ sizes = st.one_of(
         }
     ),
 )
-lengths = st.one_of(
+lengths: st.SearchStrategy[dict[str, Any]] = st.one_of(
     st.just({}),
     st.fixed_dictionaries({"num_frames": st.integers(1, 100) | st.integers(1, MAX_SEED)}),
     st.fixed_dictionaries(

@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import io
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -56,9 +55,9 @@ def log() -> Iterator[LogLines]:
     """What the service logs, the loggers put back afterwards."""
     logger = logging.getLogger(LOGGER_NAME)
     before = logger.level, logger.handlers[:], logger.propagate
-    stream = io.StringIO()
-    configure_logging(stream)
-    yield LogLines(stream)
+    lines = LogLines()
+    configure_logging(lines)
+    yield lines
     logger.setLevel(before[0])
     logger.handlers[:], logger.propagate = before[1], before[2]
 
@@ -481,12 +480,20 @@ async def test_cancel_of_a_queued_job_ends_it(tmp_path: Path) -> None:
         assert_nothing_is_left(jobs)
 
 
-async def test_cancel_ends_a_job_whose_task_has_not_begun(jobs: Jobs) -> None:
-    record = await jobs.service.submit(REQUEST, "request-1")
-    jobs.service.cancel(record.job_id)  # no other task ran since it was submitted
+async def test_cancel_ends_a_job_whose_task_has_not_begun(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = "job_" + "1" * 32
+    set_queue = jobs.metrics.set_queue
 
-    assert (await ended(jobs, record.job_id)).name == "job-cancelled"
-    assert jobs.record(record.job_id).state is JobState.CANCELLED
+    def set_queue_and_cancel(*args: int) -> None:  # called right after the job's task was made
+        set_queue(*args)
+        jobs.service.cancel(job_id)
+
+    monkeypatch.setattr("serve_graph.jobs.new_job_id", lambda: job_id)
+    monkeypatch.setattr(jobs.metrics, "set_queue", set_queue_and_cancel)
+    await jobs.service.submit(REQUEST, "request-1")
+
+    assert (await ended(jobs, job_id)).name == "job-cancelled"
+    assert jobs.record(job_id).state is JobState.CANCELLED
     assert_nothing_is_left(jobs)
 
 

@@ -16,10 +16,10 @@ from serve_graph.engine.checkpoint import (
     load_generator_parts,
     load_scheduler,
     load_text_parts,
-    locate_checkpoint,
     pick_device,
     resolve_dtype,
 )
+from serve_graph.engine.checkpoint_folder import locate_checkpoint
 from serve_graph.engine.tiny_checkpoint import BUILD, build_tiny_checkpoint
 
 CPU = torch.device("cpu")
@@ -61,9 +61,7 @@ def test_locate_checkpoint_takes_the_configured_folder(tiny_folder: Path, tmp_pa
     assert locate_checkpoint(WAN_1_3B, tiny_folder, None, tmp_path) == tiny_folder
 
 
-def test_locate_checkpoint_makes_the_tiny_one_when_the_profile_has_no_hub_id(
-    tiny_folder: Path, tmp_path: Path
-) -> None:
+def test_locate_checkpoint_makes_the_tiny_one_when_the_profile_has_no_hub_id(tiny_folder: Path, tmp_path: Path) -> None:
     assert locate_checkpoint(WAN_TINY, None, None, tiny_folder.parent) == tiny_folder
 
 

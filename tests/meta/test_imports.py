@@ -1,0 +1,47 @@
+"""What importing a module loads, which import-linter can't say: it sees statements and not what runs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import schemas
+
+PROJECT = Path(schemas.__file__).parents[1]
+HEAVY = ("ray", "torch", "diffusers", "transformers", "av", "modal")
+
+
+def loaded_by(*modules: str) -> set[str]:
+    """The heavy packages that a fresh process has loaded after importing `modules`."""
+    code = f"import sys, {', '.join(modules)}; print(*(name for name in {HEAVY!r} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def modules_of(folder: str) -> list[str]:
+    files = sorted((PROJECT / folder).glob("*.py"))
+    return [f"{folder.replace('/', '.')}.{file.stem}" for file in files if file.stem != "__init__"]
+
+
+@pytest.mark.parametrize("folder", ["schemas", "storage", "serve_graph/api"])
+def test_importing_all_of_a_package_loads_no_ray_and_no_model_library(folder: str) -> None:
+    modules = modules_of(folder)
+
+    assert len(modules) >= 3
+    assert loaded_by(*modules) == set()
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("serve_graph.jobs", "serve_graph.health", "serve_graph.settings", "serve_graph.stores", "serve_graph.logs"),
+        *("serve_graph.metrics", "serve_graph.prompts", "serve_graph.proxy", "serve_graph.server", "serve_graph.cli"),
+    ],
+)
+def test_importing_a_ray_free_module_loads_no_ray_and_no_model_library(module: str) -> None:
+    assert loaded_by(module) == set()
+
+
+def test_importing_the_application_loads_ray_and_no_model_library() -> None:
+    assert loaded_by("serve_graph.app") == {"ray"}

@@ -1,0 +1,71 @@
+"""The README knows every setting, metric, problem and make target: who adds one has to say so there."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+import serve_graph
+from schemas.errors import Unavailable
+from serve_graph.metrics import PROBLEMS, describe
+from serve_graph.settings import ENV_PREFIX, SECRET_NAMES, Settings
+
+PROJECT = Path(serve_graph.__file__).parents[1]
+TARGET = re.compile(r"^([a-z][a-z-]*):", re.MULTILINE)
+
+
+def settings_of(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of every setting: ("model", "profile")."""
+    for name, field in model.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            yield from settings_of(section, (*path, name))
+        else:
+            yield (*path, name)
+
+
+SETTINGS = list(settings_of(Settings))
+METRICS = [name for name, *_ in describe()]
+TARGETS = TARGET.findall((PROJECT / "Makefile").read_text())
+
+
+@pytest.fixture(scope="module")
+def words() -> set[str]:
+    """The README's words; names may hold dots, hyphens and underscores."""
+    text = (PROJECT / "README.md").read_text()
+    return {word.strip(".-") for word in re.findall(r"[A-Za-z0-9_.-]+", text)}
+
+
+@pytest.mark.parametrize("path", SETTINGS, ids=".".join)
+def test_readme_names_every_setting_and_its_variable(words: set[str], path: tuple[str, ...]) -> None:
+    assert ".".join(path) in words
+    assert ENV_PREFIX + "__".join(path).upper() in words
+
+
+@pytest.mark.parametrize("name", sorted(SECRET_NAMES))
+def test_readme_names_every_secret(words: set[str], name: str) -> None:
+    assert name in words
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_readme_names_every_metric(words: set[str], name: str) -> None:
+    assert name in words
+
+
+@pytest.mark.parametrize("name", sorted(PROBLEMS.keys() - {Unavailable.name}))  # a base class: nothing answers it
+def test_readme_names_every_problem(words: set[str], name: str) -> None:
+    assert name in words
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_readme_names_every_make_target(target: str) -> None:
+    assert re.search(rf"\bmake {target}\b", (PROJECT / "README.md").read_text())
+
+
+def test_there_are_settings_metrics_and_targets_to_look_for() -> None:
+    assert ("model", "profile") in SETTINGS
+    assert "wan_jobs_total" in METRICS
+    assert {"demo", "test", "check"} <= set(TARGETS)
+    assert "invalid-request" in PROBLEMS

@@ -1,0 +1,81 @@
+"""The API in process: the real application, job service, monitor and store; worker and model probe scripted."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+from fastapi import FastAPI
+from support import PUBLIC_URL, Jobs, LogLines, open_jobs
+
+from schemas.errors import WanError
+from schemas.health import GeneratorHealth, ModelHealth
+from schemas.official_profiles import WAN_TINY
+from serve_graph.api.app import create_api
+from serve_graph.api.clip_files import SignedClips
+from serve_graph.api.routes import Service
+from serve_graph.health import HealthMonitor
+from serve_graph.metrics import merge, snapshot
+from serve_graph.settings import Settings
+
+MAX_BODY_BYTES = 64 * 1024
+
+
+@dataclass
+class ScriptedProbe:
+    """A `GeneratorProbe`: the health it is given, or the problem."""
+
+    problem: WanError | None = None
+    health_now: GeneratorHealth = field(
+        default_factory=lambda: GeneratorHealth(
+            model=ModelHealth(profile="wan-tiny", revision=None, loaded=True, dtype="float32", device="cpu"),
+            gpu=None,
+            last_error=None,
+        )
+    )
+
+    async def health(self) -> GeneratorHealth:
+        if self.problem is not None:
+            raise self.problem
+        return self.health_now
+
+
+@dataclass(frozen=True)
+class Api:
+    """The application, a client of it, and what is behind it."""
+
+    app: FastAPI
+    http: httpx.AsyncClient
+    jobs: Jobs
+    monitor: HealthMonitor
+    probe: ScriptedProbe
+    log: LogLines
+
+
+@asynccontextmanager
+async def open_api(folder: Path, log: LogLines) -> AsyncIterator[Api]:
+    """A service for 3 waiting jobs, one of them dispatched at a time."""
+    with open_jobs(folder, max_waiting_jobs=3, max_dispatched_jobs=1) as jobs:
+        probe = ScriptedProbe()
+        monitor = HealthMonitor(Settings(), probe, jobs.store, jobs.service.queue, jobs.executor)
+
+        async def exposition() -> bytes:
+            return merge([("Ingress", "replica-1", snapshot(jobs.registry))])
+
+        app = create_api(
+            Service(jobs.service, monitor, exposition),
+            profile=WAN_TINY,
+            metrics=jobs.metrics,
+            max_body_bytes=MAX_BODY_BYTES,
+            signed_clips=SignedClips(jobs.store, jobs.presigner, jobs.executor),
+        )
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url=PUBLIC_URL) as http:
+            yield Api(app, http, jobs, monitor, probe, log)
+
+
+async def send_raw(api: Api, method: str, target: str, headers: dict[str, str] | None = None) -> httpx.Response:
+    """Send a request target as it is: httpx would tidy `..` away."""
+    url = httpx.URL(str(api.http.base_url), raw_path=target.encode("ascii"))
+    return await api.http.request(method, url, headers=headers)

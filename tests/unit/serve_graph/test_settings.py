@@ -1,0 +1,197 @@
+"""Settings: the environment over the file, whatever is unknown refused by name, secrets nowhere."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from schemas.official_profiles import PROFILES
+from serve_graph.settings import SECRET_NAMES, ConfigError, Secrets, Settings, read_settings
+
+SECRET = "correct horse battery staple"
+
+
+def refusal(args: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        read_settings(args)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_read_settings_has_a_default_for_everything() -> None:
+    settings = read_settings({})
+
+    assert settings.profile is PROFILES["wan-tiny"]
+    assert settings.storage.kind == "local"
+    assert settings.queue.max_waiting_jobs == 256
+    assert settings.max_dispatched_jobs == settings.engine.max_jobs_in_flight + settings.queue.prefetch
+    assert settings.max_body_bytes == 64 * 1024
+
+
+def test_read_settings_takes_the_files_values() -> None:
+    settings = read_settings({"url_ttl_s": 60, "model": {"profile": "wan2.1-t2v-14b", "device": "cuda"}})
+
+    assert settings.default_url_ttl.total_seconds() == 60
+    assert settings.profile.name == "wan2.1-t2v-14b"
+    assert settings.model.device == "cuda"
+
+
+@pytest.mark.parametrize("name", ["WAN_MODEL__PROFILE", "wan_model__profile", "WAN_Model__Profile"])
+def test_environment_goes_over_the_file(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "wan2.1-t2v-1.3b")
+
+    assert read_settings({"model": {"profile": "wan-tiny"}}).model.profile == "wan2.1-t2v-1.3b"
+
+
+def test_environment_leaves_the_rest_of_a_section_to_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WAN_QUEUE__PREFETCH", "5")
+    settings = read_settings({"queue": {"max_waiting_jobs": 9, "prefetch": 1}, "url_ttl_s": 60})
+
+    assert (settings.queue.prefetch, settings.queue.max_waiting_jobs, settings.url_ttl_s) == (5, 9, 60)
+
+
+def test_environment_reads_numbers_and_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WAN_URL_TTL_S", "90")
+    monkeypatch.setenv("WAN_STORAGE__FOLDER", str(tmp_path / "clips"))
+    settings = read_settings({})
+
+    assert settings.url_ttl_s == 90
+    assert settings.storage.folder == tmp_path / "clips"
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        ({"modle": {}}, "unknown setting modle"),
+        ({"model": {"profil": "wan-tiny"}}, "unknown setting model.profil"),
+        ({"queue": {"max_waiting": 1}}, "unknown setting queue.max_waiting"),
+        ({"signing_secret": SECRET}, "unknown setting signing_secret"),
+    ],
+)
+def test_read_settings_refuses_an_unknown_setting_by_name(args: dict[str, Any], named: str) -> None:
+    message = refusal(args)
+
+    assert message == named
+    assert SECRET not in message
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("WAN_MODLE__PROFILE", "WAN_MODEL_PROFILE", "WAN_PROFILE", "WAN_", "WAN__MODEL", "wan_profile"),
+        *("WAN_MODEL__PROFIL", "WAN_MODEL__PROFILE__X", "WAN_DATA_DIR__X", "WAN_SIGNING_SECRETS"),
+    ],
+)
+def test_read_settings_refuses_an_unknown_variable_by_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "wan-tiny")
+    message = refusal({})
+
+    spelled = name.lower().removeprefix("wan_").replace("__", ".")
+    assert name in message or spelled in message or spelled.rpartition(".")[0] in message
+
+
+@pytest.mark.parametrize("name", ["WANDB_API_KEY", "SWAN_MODEL", "WAN"])
+def test_read_settings_leaves_the_variables_of_others_alone(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "x")
+
+    read_settings({})
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        ({"url_ttl_s": 0}, "url_ttl_s"),
+        ({"url_ttl_s": 8 * 24 * 3600}, "url_ttl_s"),
+        ({"max_body_bytes": 10}, "max_body_bytes"),
+        ({"log_level": "loud"}, "log_level"),
+        ({"storage": {"kind": "s4"}}, "storage.kind"),
+        ({"queue": {"max_waiting_jobs": 0}}, "queue.max_waiting_jobs"),
+        ({"queue": {"max_waiting_jobs": "many"}}, "queue.max_waiting_jobs"),
+        ({"engine": {"max_jobs_in_flight": 0}}, "engine.max_jobs_in_flight"),
+        ({"encode": {"crf": 52}}, "encode.crf"),
+        ({"model": {"dtype": "int8"}}, "model.dtype"),
+        ({"model": "wan-tiny"}, "model"),
+    ],
+)
+def test_read_settings_refuses_a_bad_value_by_name(args: dict[str, Any], named: str) -> None:
+    assert refusal(args).startswith(f"{named}: ")
+
+
+def test_read_settings_names_the_profiles_that_there_are() -> None:
+    message = refusal({"model": {"profile": "wan3"}})
+
+    assert "'wan3'" in message
+    assert all(name in message for name in PROFILES)
+
+
+@pytest.mark.parametrize(("name", "value"), [("WAN_MODEL", "wan-tiny"), ("WAN_MODEL", "{}"), ("WAN_URL_TTL_S", "soon")])
+def test_read_settings_refuses_a_variable_that_can_not_be_read_by_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+
+    assert name.removeprefix("WAN_").lower() in refusal({}).lower()
+
+
+def test_read_settings_refuses_arguments_that_are_no_settings() -> None:
+    with pytest.raises(ConfigError):
+        read_settings({1: 2})  # type: ignore[dict-item]  # YAML may hold it
+
+
+def test_read_settings_makes_relative_folders_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = read_settings({"data_dir": "d", "storage": {"folder": "s"}, "model": {"path": "m"}})
+
+    assert settings.data_dir == tmp_path / "d"
+    assert settings.storage.folder == tmp_path / "s"
+    assert settings.model.path == tmp_path / "m"
+    assert settings.spool_dir == tmp_path / "d/spool"
+    assert settings.models_dir == tmp_path / "d/models"
+
+
+def test_public_url_is_the_configured_one_else_the_listeners() -> None:
+    assert read_settings({}, public_url="http://127.0.0.1:8000").public_url == "http://127.0.0.1:8000"
+    own = read_settings({"public_url": "https://clips.example"}, public_url="http://127.0.0.1:8000")
+    assert own.public_url == "https://clips.example"
+
+
+def test_settings_can_not_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        read_settings({}).url_ttl_s = 5  # type: ignore[misc]  # that it is refused is the point
+
+
+def test_secrets_are_never_in_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WAN_SIGNING_SECRET", SECRET)
+    settings = read_settings({})
+
+    shown = f"{settings!r} {settings} {settings.model_dump()} {settings.model_dump_json()}"
+    assert SECRET not in shown
+    assert "signing_secret" not in shown
+
+
+def test_secrets_come_from_the_environment_and_hide_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WAN_SIGNING_SECRET", SECRET)
+    secrets = Secrets()
+
+    assert secrets.signing_secret is not None
+    assert secrets.signing_secret.get_secret_value() == SECRET
+    assert SECRET not in f"{secrets!r} {secrets} {secrets.model_dump()} {secrets.model_dump_json()}"
+    assert {f"WAN_{name.upper()}" for name in Secrets.model_fields} == SECRET_NAMES
+
+
+def test_settings_survive_the_way_to_a_replica() -> None:
+    settings = read_settings({"model": {"profile": "wan2.1-t2v-14b"}, "url_ttl_s": 60})
+
+    assert read_settings(settings.model_dump(mode="json")) == settings
+
+
+def test_every_setting_says_what_it_is() -> None:
+    for name, field in Settings.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and hasattr(section, "model_fields"):
+            assert section.__doc__
+            assert all(part.description for part in section.model_fields.values()), name
+        else:
+            assert field.description or name == "log_level", name
