@@ -47,6 +47,7 @@ class HealthMonitor:
         self._generator: GeneratorHealth | None = None
         self._problem: WanError | None = None
         self._store_problem: WanError | None = None
+        self._store_check: asyncio.Future[None] | None = None
         self._versions = {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
         self.draining = False
 
@@ -96,12 +97,14 @@ class HealthMonitor:
             self._generator, self._problem = None, error
 
     async def _probe_store(self) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            check = loop.run_in_executor(self._executor, self._store.check)
-            await asyncio.wait_for(check, STORE_TIMEOUT_S)
-            self._store_problem = None
-        except WanError as error:
-            self._store_problem = error
-        except TimeoutError:
+        """A check that hangs holds one thread of the pool, not one more with each refresh."""
+        if self._store_check is None or self._store_check.done():
+            self._store_check = asyncio.get_running_loop().run_in_executor(self._executor, self._store.check)
+        done, _ = await asyncio.wait([self._store_check], timeout=STORE_TIMEOUT_S)
+        if not done:
             self._store_problem = StoreUnavailable(f"the store has not answered for {STORE_TIMEOUT_S:g} s")
+            return
+        failure = self._store_check.exception()
+        if failure is not None and not isinstance(failure, WanError):
+            raise failure
+        self._store_problem = failure

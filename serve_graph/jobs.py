@@ -19,7 +19,9 @@ from typing import Any, Protocol, TypeVar
 from schemas.clips import Clip
 from schemas.errors import (
     ClipNotFound,
+    FieldError,
     InternalError,
+    InvalidRequest,
     JobCancelled,
     JobNotFound,
     Problem,
@@ -36,7 +38,7 @@ from schemas.model_profile import ModelProfile
 from schemas.requests import GenerateRequest, GenerationParameters, url_ttl
 from serve_graph.logs import log_failure, log_job
 from serve_graph.metrics import IngressMetrics
-from serve_graph.prompts import prompt_hash
+from serve_graph.prompts import clean_prompt, prompt_hash
 from storage.job_records import JobRecords
 from storage.keys import clip_key
 from storage.store import PresignedUrl, Presigner
@@ -123,6 +125,8 @@ class JobService:
         """
         self._refuse_if_draining()
         parameters = self._profile.resolve(request)
+        if not clean_prompt(parameters.prompt):
+            raise InvalidRequest([FieldError(field="prompt", message="is blank once it is cleaned as Wan does")])
         self._admit()
         self._checking += 1
         try:

@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from schemas.clips import Timings
-from schemas.errors import InternalError, StoreFull, StoreUnavailable, WanError
+from schemas.errors import InternalError, StoreFull, StoreUnavailable, Unavailable, WanError
 from schemas.jobs import JobState
 
 CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4
@@ -129,8 +129,8 @@ def _tree(root: type[WanError]) -> Iterator[type[WanError]]:
         yield from _tree(child)
 
 
-PROBLEMS: Final = {cls.name: cls.status for cls in _tree(WanError)}
-"""The error tree's names, which are the only values of an `error` label but "", and their HTTP status."""
+PROBLEMS: Final = {cls.name: cls.status for cls in _tree(WanError) if cls is not Unavailable}
+"""The error tree's names (but that of `Unavailable`, of which only subclasses are raised), which are the only values of an `error` label but "", and their HTTP status."""
 
 
 def error_label(name: str) -> str:

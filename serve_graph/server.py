@@ -3,6 +3,7 @@
 Ray is imported only after the environment that pins it is set.
 """
 
+import errno
 import logging
 import os
 import secrets
@@ -131,6 +132,8 @@ def _check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise StartFailed(f"can't listen on port {port} of {host}: {error.strerror}") from error
             raise StartFailed(
                 f"port {port} on {host} is taken: stop what listens there, or choose another with --port"
             ) from error

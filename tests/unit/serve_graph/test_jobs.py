@@ -791,3 +791,15 @@ def _hold_submission(jobs: Jobs, stage: str) -> Callable[[], None]:
 
 def _job_id(key: str) -> str:
     return key.removeprefix("jobs/").removesuffix(".json")
+
+
+# ---- a prompt of which nothing is left
+
+
+@pytest.mark.parametrize("prompt", ["&nbsp;", "&amp;nbsp;", "\u00a0&#32;"])
+async def test_submit_refuses_a_prompt_that_is_blank_once_cleaned(jobs: Jobs, prompt: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        await jobs.service.submit(REQUEST.model_copy(update={"prompt": prompt}), "request-1")
+
+    assert [error.field for error in refused.value.errors] == ["prompt"]
+    assert jobs.store.recorded == []
