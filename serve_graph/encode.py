@@ -8,7 +8,7 @@ from types import TracebackType
 import av
 import numpy as np
 import numpy.typing as npt
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 
 from schemas.errors import RenderFailed
 from serve_graph.settings import EncodeSettings
@@ -46,6 +46,7 @@ class Mp4Writer:
         context.color_primaries = ColorPrimaries.BT709
         context.color_trc = ColorTrc.BT709
         self._stream = stream
+        self._reformatter = VideoReformatter()  # one per clip: a new one per frame sets up its tables each time
         self.num_frames = 0
 
     def write(self, frames: npt.NDArray[np.uint8]) -> None:
@@ -53,12 +54,11 @@ class Mp4Writer:
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (*self._size, 3):
             raise RenderFailed("the decoder gave frames that do not fit the clip")
         for image in frames:
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
+            frame = self._reformatter.reformat(
+                av.VideoFrame.from_ndarray(image, format="rgb24"),
                 format="yuv420p",
                 dst_colorspace=Colorspace.ITU709,
                 dst_color_range=ColorRange.MPEG,
-                dst_color_primaries=ColorPrimaries.BT709,
-                dst_color_trc=ColorTrc.BT709,
             )
             frame.pts = self.num_frames
             self._container.mux(self._stream.encode(frame))

@@ -130,7 +130,10 @@ def _tree(root: type[WanError]) -> Iterator[type[WanError]]:
 
 
 PROBLEMS: Final = {cls.name: cls.status for cls in _tree(WanError) if cls is not Unavailable}
-"""The error tree's names (but that of `Unavailable`, of which only subclasses are raised), which are the only values of an `error` label but "", and their HTTP status."""
+"""The error tree's names, and their HTTP status: the only values of an `error` label but "".
+
+`Unavailable`'s is left out: only its subclasses are raised.
+"""
 
 
 def error_label(name: str) -> str:

@@ -9,7 +9,6 @@ import hashlib
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncGenerator
 from concurrent.futures import Executor, Future
 from contextlib import suppress
@@ -34,8 +33,12 @@ from storage.store import ObjectStore, StoreError
 PROGRESS_INTERVAL_S = 0.1
 """Between two progress events of one job: no person sees more, and each costs a message between processes."""
 
-_MAX_QUEUED_CHUNKS = 2
-"""Decoded chunks that may wait for the encoder before the decoder waits for it."""
+ENCODE_BATCH_BYTES = 4 * 2**20
+"""Frames that are handed to the encoder together: some at 480p, a whole clip at 64p. Two busy threads take the
+interpreter's lock from each other at every call, which costs a small clip more than encoding beside decoding saves."""
+
+MAX_QUEUED_BYTES = 4 * ENCODE_BATCH_BYTES
+"""Decoded frames that may wait for the encoder before the decoder waits for it."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,14 @@ class Encoded:
 
 
 class ClipEncoder:
-    """The engine's frame sink: a queue of chunks and, from the first one on, a worker thread that encodes them."""
+    """The engine's frame sink: a queue of frames and, once there are enough, a worker thread that encodes them."""
 
     def __init__(self, writer: "Mp4Factory", executor: Executor) -> None:
         self._writer = writer
         self._executor = executor
         self._changed = threading.Condition()
-        self._chunks: deque[npt.NDArray[np.uint8]] = deque()
+        self._queued: list[npt.NDArray[np.uint8]] = []
+        self._queued_bytes = 0
         self._complete = False
         self._failure: WanError | None = None
         self._encoding: Future[Encoded] | None = None
@@ -62,22 +66,24 @@ class ClipEncoder:
     def write(self, frames: npt.NDArray[np.uint8]) -> None:
         """Queue (t, H, W, 3) uint8 RGB; waits while the encoder lags. Raises what made the encoder stop."""
         with self._changed:
-            if self._encoding is None and self._failure is None:
-                self._encoding = self._executor.submit(self._encode)
-            self._changed.wait_for(lambda: len(self._chunks) < _MAX_QUEUED_CHUNKS or self._failure is not None)
+            self._changed.wait_for(lambda: self._queued_bytes < MAX_QUEUED_BYTES or self._failure is not None)
             if self._failure is not None:
                 raise self._failure
-            self._chunks.append(frames)
-            self._changed.notify_all()
+            self._queued.append(frames)
+            self._queued_bytes += frames.nbytes
+            if self._queued_bytes >= ENCODE_BATCH_BYTES:
+                self._start()
+                self._changed.notify_all()
 
     async def complete(self) -> Encoded:
         """Say that every frame was written, and wait for the file. Raises WanError."""
         with self._changed:
+            if not self._queued and self._encoding is None:
+                raise RenderFailed("the decoder gave no frames")
             self._complete = True
+            encoding = self._start()
             self._changed.notify_all()
-        if self._encoding is None:
-            raise RenderFailed("the decoder gave no frames")
-        return await asyncio.wrap_future(self._encoding)
+        return await asyncio.wrap_future(encoding)
 
     async def stop(self) -> None:
         """Let go of the file, finished or not. Nothing happens when the encoder has ended."""
@@ -87,15 +93,21 @@ class ClipEncoder:
         if self._encoding is not None and not self._encoding.cancel():
             await asyncio.gather(asyncio.wrap_future(self._encoding), return_exceptions=True)
 
+    def _start(self) -> Future[Encoded]:
+        if self._encoding is None:
+            self._encoding = self._executor.submit(self._encode)
+        return self._encoding
+
     def _encode(self) -> Encoded:
         busy_s = 0.0
         try:
             with store_errors(), self._writer.open() as mp4:
-                while (frames := self._next()) is not None:
+                while batch := self._next_batch():
                     began = time.monotonic()
-                    mp4.write(frames)
+                    for frames in batch:
+                        mp4.write(frames)
                     busy_s += time.monotonic() - began
-            began = time.monotonic()
+                began = time.monotonic()  # the flush and the move of the index count, too
             with store_errors():
                 size_bytes, sha256 = _digest(self._writer.path)
             return Encoded(size_bytes, sha256, busy_s + time.monotonic() - began)
@@ -113,14 +125,17 @@ class ClipEncoder:
             self._failure = failure
             self._changed.notify_all()
 
-    def _next(self) -> npt.NDArray[np.uint8] | None:
+    def _next_batch(self) -> list[npt.NDArray[np.uint8]]:
+        """The frames that are queued, once there are enough or no more will come; none at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._chunks or self._complete or self._failure is not None)
+            self._changed.wait_for(
+                lambda: self._queued_bytes >= ENCODE_BATCH_BYTES or self._complete or self._failure is not None
+            )
             if self._failure is not None:
                 raise self._failure
-            frames = self._chunks.popleft() if self._chunks else None
+            batch, self._queued, self._queued_bytes = self._queued, [], 0
             self._changed.notify_all()
-            return frames
+            return batch
 
 
 @dataclass(frozen=True)
@@ -194,25 +209,27 @@ class Renderer:
     ) -> AsyncGenerator[Started | Progress | Finished, None]:
         """The engine's events up to `Finished`, progress thinned out. Raises what `Failed` says."""
         loop = asyncio.get_running_loop()
-        events: asyncio.Queue[EngineEvent] = asyncio.Queue()
+        events: asyncio.Queue[Started | Progress | Finished | Failed] = asyncio.Queue()
+        next_progress = 0.0
 
         def tell(event: EngineEvent) -> None:
-            if not isinstance(event, Denoised):
-                with suppress(RuntimeError):  # the loop is closed, so nobody listens any more
-                    loop.call_soon_threadsafe(events.put_nowait, event)
+            """On the device thread: wake the event loop for what it passes on, and for nothing else."""
+            nonlocal next_progress
+            if isinstance(event, Denoised):
+                return
+            if isinstance(event, Progress):
+                if time.monotonic() < next_progress:
+                    return
+                next_progress = time.monotonic() + PROGRESS_INTERVAL_S
+            with suppress(RuntimeError):  # the loop is closed, so nobody listens any more
+                loop.call_soon_threadsafe(events.put_nowait, event)
 
         self._engine.submit(EngineJob(task.job_id, task.parameters, prompt, encoder, tell))
-        next_progress = 0.0
         while True:
             event = await events.get()
             if isinstance(event, Failed):
                 raise event.error
-            if isinstance(event, Progress):
-                if time.monotonic() < next_progress:
-                    continue
-                next_progress = time.monotonic() + PROGRESS_INTERVAL_S
-            if isinstance(event, Started | Progress | Finished):
-                yield event
+            yield event
             if isinstance(event, Finished):
                 return
 

@@ -31,6 +31,7 @@ from schemas.errors import (
 from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask, Started, TextEmbedding
 from schemas.jobs import Progress, RenderedClip
 from schemas.requests import GenerationParameters
+from serve_graph import render
 from serve_graph.engine.checkpoint import GeneratorParts
 from serve_graph.engine.job import Finished
 from serve_graph.engine.loop import Engine
@@ -471,8 +472,10 @@ async def test_clip_encoder_completes_with_the_files_size_and_digest(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
 async def test_clip_encoder_raises_store_full_when_the_disk_is_full(
-    make_encoder: Callable[..., ClipEncoder], tmp_path: Path, quiet_loop: None
+    make_encoder: Callable[..., ClipEncoder], tmp_path: Path, quiet_loop: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(render, "ENCODE_BATCH_BYTES", 1)  # every frame at once, and each waits for the one before,
+    monkeypatch.setattr(render, "MAX_QUEUED_BYTES", 1)  # so that `write` sees the failure
     path = tmp_path / "full.mp4"
     path.symlink_to("/dev/full")
     encoder = make_encoder(path)

@@ -1,0 +1,173 @@
+"""The pure parts of `make bench`: figures, workload, roles, report. What takes long is the benchmark itself."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from benchmarks.figures import Measure, keeps_rate, no_slower, ratios, spread, within_overhead
+from benchmarks.processes import Memory, cpu_seconds, memory, role_of
+from benchmarks.races import Numbers, Plan
+from benchmarks.report import Agreement, Asked, Machine, Report, markdown, median_timings, write_report
+from benchmarks.workload import IN_FLIGHT, closed_loop, request
+from schemas.clips import Timings
+from schemas.official_profiles import WAN_TINY
+from serve_graph.settings import EncodeSettings, EngineSettings, TextSettings
+
+
+def make_report(*, rate: float = 9.0) -> Report:
+    return Report(
+        created_at=datetime(2026, 11, 5, 12, 0, tzinfo=UTC),
+        duration_s=12.0,
+        machine=Machine(cpu="A CPU", num_cores=2, memory_bytes=8 * 2**30, load=0.25),
+        versions={"python": "3.11.0"},
+        asked=Asked(
+            model=WAN_TINY.name,
+            parameters=WAN_TINY.resolve(request(0)),
+            engine=EngineSettings(),
+            text=TextSettings(),
+            encode=EncodeSettings(),
+            clips=3,
+            rounds=2,
+        ),
+        agreement=Agreement(mean_abs_difference=0.0, other_clip=11.0, service_sha256_equals_engine=True),
+        measures=(Measure(name="stock", unit="s", spread=spread([0.2, 0.1, 0.4])),),
+        comparisons=(
+            no_slower("engine / stock", [0.1, 0.1], [0.2, 0.1]),
+            keeps_rate("service / engine", [rate, rate], [10.0, 10.0], share=0.85),
+        ),
+        stages={"engine": Timings(denoise=0.05)},
+        cpu_s_per_clip={"engine": 0.1},
+        memory={"engine": Memory(num_processes=1, peak_rss_bytes=2**20, pss_bytes=2**19)},
+    )
+
+
+def test_ratios_are_taken_pair_by_pair() -> None:
+    found = ratios([2.0, 30.0, 1.0], [1.0, 10.0, 1.0])
+
+    assert (found.median, found.min, found.max, found.count) == (2.0, 1.0, 3.0, 3)
+
+
+def test_ratios_refuse_values_without_a_partner() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        ratios([1.0, 2.0], [1.0])
+
+
+@pytest.mark.parametrize(("seconds", "passed"), [(1.21, True), (1.22, False)])
+def test_overhead_may_be_a_share_and_a_constant_together(seconds: float, passed: bool) -> None:
+    found = within_overhead("service / engine", [seconds], [1.0], factor=1.15, extra_s=0.0625)
+
+    assert found.passed is passed
+
+
+@pytest.mark.parametrize(("rate", "passed"), [(8.5, True), (8.4, False)])
+def test_a_missed_rate_fails_the_report(rate: float, passed: bool) -> None:
+    assert make_report(rate=rate).passed is passed
+
+
+def test_no_two_requests_share_a_prompt() -> None:
+    prompts = {request(number).prompt for number in range(2_000)}
+
+    assert len(prompts) == 2_000
+
+
+def test_requests_are_the_profiles_default_but_for_prompt_and_seed() -> None:
+    parameters = WAN_TINY.resolve(request(7)).model_dump(exclude={"prompt", "seed"})
+
+    assert parameters == WAN_TINY.resolve(request(8)).model_dump(exclude={"prompt", "seed"})
+    assert request(7).model_fields_set == {"prompt", "seed"}
+
+
+def test_numbers_are_handed_out_once() -> None:
+    numbers = Numbers()
+
+    assert [*numbers.take(2), *numbers.take(3)] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("clips", [1, 4, 12])
+def test_blocks_in_flight_are_whole_turns_of_the_slots(clips: int) -> None:
+    num_timed = Plan(clips=clips, rounds=1).num_timed
+
+    assert num_timed > 0
+    assert num_timed % IN_FLIGHT == 0
+
+
+def test_closed_loop_keeps_its_slots_taken_and_replaces_what_finished() -> None:
+    under_way, peak, made = 0, 0, []
+
+    async def make(number: int) -> None:
+        nonlocal under_way, peak
+        under_way += 1
+        peak = max(peak, under_way)
+        await asyncio.sleep(0)
+        under_way -= 1
+        made.append(number)
+
+    block = asyncio.run(closed_loop(make, 100, num_timed=6, in_flight=3))
+
+    assert peak == 3
+    assert len(made) == len(set(made)) == block.num_clips
+    assert 3 + 6 <= block.num_clips <= 2 * 3 + 6
+    assert min(made) == 100
+    assert block.clips_per_s > 0
+
+
+@pytest.mark.parametrize(
+    ("command", "role"),
+    [
+        ("ray::ServeReplica:wan:Generator", "generator"),
+        ("python -m serve_graph.cli serve --config x", "cli"),
+        ("/x/core/src/ray/raylet/raylet --raylet_socket_name=y", "raylet"),
+        ("ray::IDLE", "others"),
+    ],
+)
+def test_roles_are_read_off_the_command_line(command: str, role: str) -> None:
+    assert role_of(command) == role
+
+
+def test_memory_and_cpu_time_of_a_process_can_be_read() -> None:
+    found = memory([os.getpid()])
+
+    assert found.num_processes == 1
+    assert 0 < found.pss_bytes <= found.peak_rss_bytes
+    assert sum(cpu_seconds(os.getpid()).values()) > 0
+
+
+def test_stages_are_summed_up_one_by_one() -> None:
+    found = median_timings([Timings(denoise=1, decode=5), Timings(denoise=2, decode=4), Timings(denoise=9, decode=3)])
+
+    assert (found.denoise, found.decode) == (2, 4)
+
+
+def test_report_is_written_as_json_that_reads_back_and_as_markdown(tmp_path: Path) -> None:
+    report = make_report()
+
+    write_report(report, tmp_path / "results")
+
+    assert Report.model_validate_json((tmp_path / "results" / "bench.json").read_text()) == report
+    assert (tmp_path / "results" / "bench.md").read_text() == markdown(report)
+    assert json.loads((tmp_path / "results" / "bench.json").read_text())["comparisons"][0]["passed"] is True
+
+
+def test_markdown_has_a_row_per_figure_in_tables_of_even_width() -> None:
+    text = markdown(make_report(rate=8.0))
+
+    assert "| stock | 200.0 | 100.0 | 400.0 | ms | 3 |" in text
+    assert "| service / engine | 0.800 | 0.800 to 0.800 |  | 2 | rate ratio ≥ 0.85 | MISS |" in text
+    for table in text.split("\n\n"):
+        rows = [line for line in table.splitlines() if line.startswith("|")]
+        assert len({row.count("|") for row in rows}) <= 1
+
+
+def test_help_is_told_without_measuring() -> None:
+    told = subprocess.run(
+        [sys.executable, "-m", "benchmarks.run", "--help"], capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert told.returncode == 0
+    assert all(option in told.stdout for option in ("--clips", "--rounds", "--out", "--check"))
