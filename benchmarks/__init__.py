@@ -1,0 +1,1 @@
+"""What `make bench` runs: the service against its bare engine, the engine against diffusers' own pipeline."""

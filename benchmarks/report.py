@@ -1,0 +1,243 @@
+"""The report: its data, and one set of tables that the terminal and the Markdown file share. Measures nothing."""
+
+import math
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import psutil
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from benchmarks.figures import Comparison, Measure, Spread, Unit
+from benchmarks.processes import Memory
+from schemas.clips import Timings
+from schemas.requests import GenerationParameters
+from serve_graph.settings import EncodeSettings, EngineSettings, TextSettings
+
+TIMED = {
+    "stock": "`WanPipeline.__call__` to numpy, then the MP4 into a file; nothing at once, nothing stored.",
+    "engine": "text encoding, steps, decode, MP4 on a thread of its own, SHA-256, the store's put with its fsyncs; "
+    "one process, no Ray, no HTTP.",
+    "service": "all of the engine's, checks, the job's record in the store, Ray Serve's hops, HTTP; by the clock of a "
+    "client that keeps its connection.",
+    "engine and service": "the negative prompt's embedding is cached from the start, the prompt's never is.",
+    "8 in flight": "a closed loop, each finished clip replaced at once; timed between two finishes, all slots taken.",
+}
+"""What the rows of the first table include."""
+
+_PACKAGES = ("wan-serve", "torch", "diffusers", "transformers", "ray", "av", "numpy")
+_MIB = 2**20
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Machine(_Part):
+    """Where it was measured; nothing that names the machine. load: the mean of the last minute before the run."""
+
+    cpu: str
+    num_cores: int
+    memory_bytes: int
+    load: float
+
+
+class Asked(_Part):
+    """What each clip was, and what made it. Only the prompt and the seed differ from clip to clip."""
+
+    model: str
+    parameters: GenerationParameters
+    engine: EngineSettings
+    text: TextSettings
+    encode: EncodeSettings
+    clips: int
+    rounds: int
+
+
+class Agreement(_Part):
+    """That all contenders make the same clip.
+
+    mean_abs_difference: between stock's and the engine's frames of one request, in 8-bit levels.
+    other_clip: the same between the frames of two requests, to tell what a difference looks like.
+    """
+
+    mean_abs_difference: float
+    other_clip: float
+    service_sha256_equals_engine: bool
+
+
+class Report(_Part):
+    """Everything that a run found out."""
+
+    created_at: datetime
+    duration_s: float
+    machine: Machine
+    versions: dict[str, str]
+    asked: Asked
+    agreement: Agreement
+    measures: tuple[Measure, ...]
+    comparisons: tuple[Comparison, ...]
+    stages: dict[str, Timings]
+    cpu_s_per_clip: dict[str, float]
+    memory: dict[str, Memory]
+
+    @property
+    def passed(self) -> bool:
+        return all(comparison.passed for comparison in self.comparisons)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text. The first column is left-aligned, and so are those in `prose`; numbers are on the right."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    prose: frozenset[int] = frozenset()
+
+    def markdown(self) -> str:
+        rule = ["---" if self._is_prose(i) else "---:" for i in range(len(self.header))]
+        lines = ["| " + " | ".join(row) + " |" for row in (self.header, rule, *self.rows)]
+        return f"## {self.title}\n\n" + "\n".join(lines) + "\n"
+
+    def rich(self) -> RichTable:
+        table = RichTable(title=self.title, title_justify="left", title_style="bold")
+        for i, name in enumerate(self.header):
+            table.add_column(name, justify="left" if self._is_prose(i) else "right")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def _is_prose(self, column: int) -> bool:
+        return column == 0 or column in self.prose
+
+
+def machine() -> Machine:
+    """This machine, as far as the figures depend on it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return Machine(
+        cpu=next(names, platform.machine()),
+        num_cores=len(os.sched_getaffinity(0)),
+        memory_bytes=psutil.virtual_memory().total,
+        load=round(os.getloadavg()[0], 2),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that do the work."""
+    return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+
+
+def median_timings(clips: Iterable[Timings]) -> Timings:
+    """The median of each stage."""
+    dumped = [clip.model_dump() for clip in clips]
+    return Timings(**{name: median(clip[name] for clip in dumped) for name in Timings.model_fields})
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write `bench.json` and `bench.md`. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bench.json").write_text(report.model_dump_json(indent=2) + "\n")
+    (folder / "bench.md").write_text(markdown(report))
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The same tables on a terminal."""
+    for table in tables(report):
+        console.print(table.rich())
+        console.print()
+
+
+def markdown(report: Report) -> str:
+    """The whole report. The Markdown file's text."""
+    asked, clip, here, same = report.asked, report.asked.parameters, report.machine, report.agreement
+    packages = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+    has = "has" if same.service_sha256_equals_engine else "does not have"
+    head = f"""# Benchmark
+
+Made by `make bench` on {report.created_at:%Y-%m-%d %H:%M} UTC in {report.duration_s:.0f} s: one run on
+one machine. Contenders take turns; a ratio is the median of pairs measured side by side.
+
+- Machine: {here.cpu}, {here.num_cores} cores, {here.memory_bytes / 2**30:.0f} GiB; load {here.load:g} before the run.
+- Versions: {packages}.
+- Each clip: {asked.model}, {clip.width}x{clip.height}, {clip.num_frames} frames, {clip.num_inference_steps} steps,
+  guidance {clip.guidance_scale:g}, a prompt of its own that was never seen before. Torch threads:
+  {asked.engine.num_threads}. x264: crf {asked.encode.crf}, {asked.encode.preset}, {asked.encode.num_threads} thread.
+- The same clips: the frames of stock and engine differ by {same.mean_abs_difference:.2g} levels of 255 in the mean
+  (two different clips: {same.other_clip:.2g}); the service's MP4 {has} the SHA-256 of the engine's.
+- All contenders run at the niceness that Ray gives its workers.
+"""
+    timed = "## What is timed\n\n" + "".join(f"- {who}: {what}\n" for who, what in TIMED.items())
+    return "\n".join([head, timed, *(table.markdown() for table in tables(report))])
+
+
+def tables(report: Report) -> list[Table]:
+    """The report as tables."""
+    return [
+        _measures(report.measures),
+        _comparisons(report.comparisons),
+        _stages(report.stages),
+        _cpu(report.cpu_s_per_clip),
+        _memory(report.memory),
+    ]
+
+
+def _measures(measures: Iterable[Measure]) -> Table:
+    rows = tuple(
+        (m.name, *_spread(m.spread, m.unit), "ms" if m.unit == "s" else m.unit, str(m.spread.count)) for m in measures
+    )
+    return Table("Measured", ("what", "median", "min", "max", "unit", "samples"), rows, frozenset({4}))
+
+
+def _comparisons(comparisons: Iterable[Comparison]) -> Table:
+    rows = tuple(
+        (
+            c.name,
+            f"{c.ratio.median:.3f}",
+            f"{c.ratio.min:.3f} to {c.ratio.max:.3f}",
+            f"{1000 * c.difference_s.median:+.1f} ms" if c.difference_s is not None else "",
+            str(c.ratio.count),
+            c.goal,
+            "pass" if c.passed else "MISS",
+        )
+        for c in comparisons
+    )
+    header = ("comparison", "ratio", "min to max", "difference", "pairs", "goal", "result")
+    return Table("Ratios", header, rows, frozenset({5, 6}))
+
+
+def _stages(stages: Mapping[str, Timings]) -> Table:
+    names = tuple(Timings.model_fields)
+    rows = tuple((who, *(_milliseconds(getattr(timings, name)) for name in names)) for who, timings in stages.items())
+    return Table("Stages of one clip at a time (median, ms)", ("what", *names), rows)
+
+
+def _cpu(seconds: Mapping[str, float]) -> Table:
+    rows = tuple((who, f"{1000 * value:.1f}") for who, value in seconds.items())
+    return Table("CPU time per clip with 8 in flight", ("process", "ms"), rows)
+
+
+def _memory(found: Mapping[str, Memory]) -> Table:
+    rows = tuple(
+        (who, str(m.num_processes), f"{m.peak_rss_bytes / _MIB:.0f}", f"{m.pss_bytes / _MIB:.0f}")
+        for who, m in found.items()
+    )
+    return Table("Memory (MiB)", ("process", "processes", "peak RSS of the largest", "PSS"), rows)
+
+
+def _spread(values: Spread, unit: Unit) -> tuple[str, ...]:
+    if unit == "s":
+        return tuple(_milliseconds(value) for value in (values.median, values.min, values.max))
+    return tuple(f"{value:.2f}" for value in (values.median, values.min, values.max))
+
+
+def _milliseconds(seconds: float) -> str:
+    return "" if math.isclose(seconds, 0.0) else f"{1000 * seconds:.1f}"

@@ -1,0 +1,189 @@
+"""`make bench`: every contender in a process of its own, all in one run, taking turns; then the report."""
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.child import ChildFailed, child
+from benchmarks.figures import Comparison, Measure, keeps_rate, no_slower, spread, within_overhead
+from benchmarks.races import Findings, NotComparable, Plan, Races
+from benchmarks.report import (
+    Agreement,
+    Asked,
+    Report,
+    machine,
+    median_timings,
+    print_report,
+    versions,
+    write_report,
+)
+from benchmarks.service import ServiceFailed, running_service, write_config
+from benchmarks.workload import IN_FLIGHT, request
+from serve_graph.settings import ENV_PREFIX, Settings, StorageSettings
+
+OVERHEAD_FACTOR, OVERHEAD_S, RATE_SHARE = 1.15, 0.060, 0.85
+"""Source: the goals of `make bench` in the issue that asked for it."""
+
+_FAILED, _INTERRUPTED = 1, 130
+_RESULTS = Path(__file__).parent / "results"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit code: 0, or 1 when it could not measure or, with --check, a goal was missed."""
+    options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: with everything put away
+    for name in [name for name in os.environ if name.upper().startswith(ENV_PREFIX)]:
+        del os.environ[name]  # the defaults are measured, whatever this shell exports
+    console = Console()
+    try:
+        with tempfile.TemporaryDirectory(prefix="wan-bench-", ignore_cleanup_errors=True) as scratch:
+            report = run(Plan(options.clips, options.rounds), Path(scratch), console)
+    except KeyboardInterrupt:
+        console.print("interrupted; nothing was written")
+        return _INTERRUPTED
+    except (ChildFailed, NotComparable, ServiceFailed) as error:
+        print(error, file=sys.stderr)
+        return _FAILED
+    write_report(report, options.out)
+    print_report(report, console)
+    return _FAILED if options.check and not report.passed else 0
+
+
+def run(plan: Plan, scratch: Path, console: Console) -> Report:
+    """Measure everything. scratch: an empty folder for all that is made on the way.
+
+    Raises ChildFailed, ServiceFailed, NotComparable.
+    """
+    began, created_at, here = time.monotonic(), datetime.now(UTC), machine()
+    config, settings = write_config(scratch)
+    with _progress(console) as bar:
+        races = Races(plan, bar)
+        agreement = measure(races, bar, scratch, config, settings)
+    found = races.findings
+    return Report(
+        created_at=created_at,
+        duration_s=time.monotonic() - began,
+        machine=here,
+        versions=versions(),
+        asked=_asked(plan, settings),
+        agreement=agreement,
+        measures=measures(found),
+        comparisons=comparisons(found),
+        stages={
+            "engine": median_timings(found.engine_stages),
+            "service, one client": median_timings(found.service_stages),
+        },
+        cpu_s_per_clip=found.cpu_s_per_clip,
+        memory=found.memory,
+    )
+
+
+def measure(races: Races, bar: Progress, scratch: Path, config: Path, settings: Settings) -> Agreement:
+    """Start the contenders and let them race; stock leaves before the service comes."""
+    loading = bar.add_task("starting the contenders", total=3)
+    engine_settings = settings.model_copy(update={"storage": StorageSettings(folder=scratch / "engine-store")})
+    with ExitStack() as stack:
+        engine = stack.enter_context(child("engine", engine_settings, scratch / "engine.log"))
+        with child("stock", settings, scratch / "stock.log") as stock:
+            for side in (engine, stock):
+                side.answer()
+                bar.advance(loading)
+            distance, other_clip = races.compare_frames(stock, engine)
+            races.stock_and_engine(stock, engine)
+        service = stack.enter_context(running_service(config, settings, scratch))
+        bar.advance(loading)
+        same_bytes = races.compare_bytes(engine, service)
+        races.one_client(engine, service)
+        races.eight_in_flight(engine, service)
+        stopping = bar.add_task("stopping the service", total=1)
+    bar.advance(stopping)
+    return Agreement(mean_abs_difference=distance, other_clip=other_clip, service_sha256_equals_engine=same_bytes)
+
+
+def measures(found: Findings) -> tuple[Measure, ...]:
+    """The rows of the first table."""
+    alone, beside = _flat(found.engine_blocks_s), _flat(found.service_blocks_s)
+    return (
+        Measure(name="stock", unit="s", spread=spread(found.stock_s)),
+        Measure(name="engine, beside stock", unit="s", spread=spread(found.engine_s)),
+        Measure(name="engine, beside the service", unit="s", spread=spread(alone)),
+        Measure(name="service, one client", unit="s", spread=spread(beside)),
+        Measure(name="engine, 8 in flight", unit="clips/s", spread=spread(found.engine_rates)),
+        Measure(name="service, 8 clients", unit="clips/s", spread=spread(found.service_rates)),
+    )
+
+
+def comparisons(found: Findings) -> tuple[Comparison, ...]:
+    """The three goals."""
+    engine_s, service_s = (
+        [median(block) for block in blocks] for blocks in (found.engine_blocks_s, found.service_blocks_s)
+    )
+    return (
+        no_slower("engine / stock", found.engine_s, found.stock_s),
+        within_overhead(
+            "service, one client / engine", service_s, engine_s, factor=OVERHEAD_FACTOR, extra_s=OVERHEAD_S
+        ),
+        keeps_rate(
+            "service, 8 clients / engine, 8 in flight", found.service_rates, found.engine_rates, share=RATE_SHARE
+        ),
+    )
+
+
+def _asked(plan: Plan, settings: Settings) -> Asked:
+    return Asked(
+        model=settings.profile.name,
+        parameters=settings.profile.resolve(request(0)),
+        engine=settings.engine,
+        text=settings.text,
+        encode=settings.encode,
+        clips=plan.clips,
+        rounds=plan.rounds,
+    )
+
+
+def _flat(blocks: Sequence[Sequence[float]]) -> list[float]:
+    return [seconds for block in blocks for seconds in block]
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run",
+        description="Measure diffusers' own pipeline, the bare engine and the service against each other.",
+    )
+    parser.add_argument("--clips", type=_positive, default=12, help="clips in a block, one at a time (%(default)s)")
+    parser.add_argument(
+        "--rounds",
+        type=_positive,
+        default=8,
+        help=f"blocks of each contender, one at a time and with {IN_FLIGHT} in flight (%(default)s)",
+    )
+    parser.add_argument("--out", type=Path, default=_RESULTS, help="folder for bench.json and bench.md")
+    parser.add_argument("--check", action="store_true", help="exit with 1 when a goal is missed")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
