@@ -9,10 +9,10 @@ CONFIG ?= configs/local.yaml
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test lint typecheck check format bench clean
+.PHONY: help install demo serve serve-s3 test test-ceph lint typecheck check format bench clean
 
 help: ## List the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 install: $(STAMP) ## Make the environment in .venv
 
@@ -29,8 +29,14 @@ demo: $(STAMP) ## Start the service, make one clip (out/demo.mp4, out/demo.png),
 serve: $(STAMP) ## Run the service on 127.0.0.1:8000 until Ctrl-C
 	@exec $(BIN)/wan-serve serve --config $(CONFIG)
 
+serve-s3: $(STAMP) ## As serve, with clips in an S3 bucket (ministack on loopback; for development)
+	@PYTHONPATH=tests exec $(BIN)/python -m s3_servers.serve
+
 test: $(STAMP) ## Run all tests, with real Ray and real diffusers
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-ceph: $(STAMP) ## Run the store's contract on Ceph RGW; says what to install where it is missing
+	$(BIN)/python -m pytest -m ceph $(PYTEST_ARGS)
 
 lint: $(STAMP) ## Lint, and check the format and the import layers; changes nothing
 	$(BIN)/ruff check .

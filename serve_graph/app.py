@@ -9,15 +9,17 @@ from serve_graph.generator import Generator, generator_options
 from serve_graph.ingress import Ingress, ingress_options
 from serve_graph.preprocessor import Preprocessor, preprocessor_options
 from serve_graph.settings import read_settings
+from serve_graph.stores import prepare_store
 
 
 def build_app(args: dict[str, Any]) -> Application:
     """The application builder that config files name: `import_path: serve_graph.app:build_app`.
 
-    args: see `settings.Settings`. Raises ConfigError.
+    args: see `settings.Settings`. Raises ConfigError, UnfitStore, StoreUnavailable.
     """
     settings = read_settings(args)
     settings.require_public_url()
+    settings, _ = prepare_store(settings)  # `wan-serve serve` has shown the warnings; a cluster's start is its own
     preprocessor = serve.deployment(**preprocessor_options(settings))(Preprocessor).bind(settings)
     generator = serve.deployment(**generator_options(settings))(Generator).bind(settings)
     return serve.deployment(**ingress_options(settings))(Ingress).bind(settings, preprocessor, generator)

@@ -52,7 +52,7 @@ class Ingress:
             executor=executor,
         )
         self._health = HealthMonitor(settings, self._worker, opened.store, self._jobs.queue, executor)
-        self._signed_clips = SignedClips(opened.store, opened.presigner, executor)
+        self._signed_clips = None if opened.local is None else SignedClips(opened.local, executor)
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's name for it
         """The application, built once per replica."""

@@ -20,10 +20,12 @@ from typing import Any
 
 import yaml
 
-from schemas.errors import ModelNotReady
+from schemas.errors import ModelNotReady, WanError
 from serve_graph.logs import configure_logging, log_event
 from serve_graph.proxy import CALLBACK
 from serve_graph.settings import ConfigError, Settings, read_settings
+from serve_graph.stores import prepare_store
+from storage.s3_probe import UnfitStore
 
 IMPORT_PATH = "serve_graph.app:build_app"
 LOOPBACK = frozenset({"127.0.0.1", "localhost"})
@@ -93,6 +95,7 @@ def serve_forever(config: ServeConfig) -> None:
     _check_port(config.host, config.port)
     _check_model(config.settings)
     configure_logging(level=config.settings.log_level)
+    _check_store(config.settings)
     stopping = threading.Event()
     began = time.monotonic()
     # twice: Ray puts a handler of its own over ours, which prints a stack
@@ -123,6 +126,16 @@ def _check_model(settings: Settings) -> None:
             check_layout(settings.model.path)
         except ModelNotReady as error:
             raise StartFailed(error.detail) from error
+
+
+def _check_store(settings: Settings) -> None:
+    """A bucket that can't be used is told at once; what an operator should know of it is logged."""
+    try:
+        _, warnings = prepare_store(settings)
+    except (UnfitStore, WanError) as error:
+        raise StartFailed(f"the object store can't be used: {error}") from error
+    for warning in warnings:
+        log_event("store_warning", level=logging.WARNING, message=warning)
 
 
 def _check_port(host: str, port: int) -> None:

@@ -16,9 +16,10 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from schemas.model_profile import ModelProfile
 from schemas.official_profiles import PROFILES
 from schemas.requests import MAX_URL_TTL_S, MIN_URL_TTL_S
+from storage.s3_options import S3Options
 
 ENV_PREFIX = "WAN_"
-SECRET_NAMES = frozenset({"WAN_SIGNING_SECRET"})
+SECRET_NAMES = frozenset({"WAN_SIGNING_SECRET", "WAN_S3_ACCESS_KEY", "WAN_S3_SECRET_KEY", "WAN_S3_SESSION_TOKEN"})
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
@@ -55,8 +56,21 @@ class ModelSettings(_Section):
 class StorageSettings(_Section):
     """Where clips and job records live."""
 
-    kind: Literal["local"] = Field(default="local", description="A folder on this machine.")
-    folder: Path = Field(default=Path("data/store"), description="Made when it is missing.")
+    kind: Literal["local", "s3"] = Field(default="local", description="`local`: a folder; `s3`: a bucket.")
+    folder: Path = Field(
+        default=Path("data/store"), description="Of the local store, and of a secret that was made here."
+    )
+    s3: S3Options | None = Field(default=None, description="The bucket; needed where `kind` is `s3`.")
+    create_bucket: bool = Field(default=False, description="Make the bucket when it is missing.")
+    clip_retention_days: int | None = Field(
+        default=None, ge=1, description="The bucket deletes clips after so many days; `null`: its rules are left alone."
+    )
+
+    @model_validator(mode="after")
+    def _bucket_is_named(self) -> "StorageSettings":
+        if self.kind == "s3" and self.s3 is None:
+            raise ValueError("kind is s3, so storage.s3 needs at least endpoint and bucket")
+        return self
 
 
 class QueueSettings(_Section):
@@ -169,6 +183,9 @@ class Secrets(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="ignore", frozen=True)
 
     signing_secret: SecretStr | None = None
+    s3_access_key: SecretStr | None = None
+    s3_secret_key: SecretStr | None = None
+    s3_session_token: SecretStr | None = None
 
 
 def read_settings(args: Mapping[str, Any], public_url: str | None = None) -> Settings:

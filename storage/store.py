@@ -6,6 +6,7 @@
         ├── ObjectNotFound
         ├── PreconditionFailed      another writer was first: read again
         ├── InvalidRange            the range starts behind the last byte
+        ├── UnfitStore              (storage.s3_probe) the S3 server can't be used; for who starts the service
         └── IllegalTransition       (storage.job_records) `schemas.jobs.TRANSITIONS` does not lead there
 
     schemas.errors.WanError         what a client may see
@@ -65,7 +66,12 @@ class InvalidRange(StoreError):
 
 @dataclass(frozen=True)
 class ObjectStat:
-    """What a store knows of an object without reading it. etag: opaque, unquoted, new with every write."""
+    """What a store knows of an object without reading it.
+
+    etag: opaque, unquoted, another one whenever the bytes change. Where it is a hash (S3), bytes that come back
+    bring it back: a record that is swapped needs something that never recurs, such as a time.
+    last_modified: in whole seconds on S3, where `put` says when it was answered.
+    """
 
     key: str
     size_bytes: int

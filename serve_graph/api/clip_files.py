@@ -12,9 +12,8 @@ from fastapi.responses import FileResponse, Response
 
 from schemas.errors import ClipNotFound, RangeNotSatisfiable
 from serve_graph.api.routes import problems
+from serve_graph.stores import LocalFiles
 from storage.keys import clip_key
-from storage.local import LocalStore
-from storage.signing import LocalPresigner
 from storage.store import InvalidKey, ObjectNotFound, ObjectStat, content_type
 
 _RANGE = re.compile(r"bytes=(?:([0-9]{1,18})-([0-9]{0,18})|-([0-9]{1,18}))")
@@ -24,8 +23,7 @@ _RANGE = re.compile(r"bytes=(?:([0-9]{1,18})-([0-9]{0,18})|-([0-9]{1,18}))")
 class SignedClips:
     """The local store, what checks its URLs, and the pool for its blocking calls."""
 
-    store: LocalStore
-    presigner: LocalPresigner
+    local: LocalFiles
     executor: Executor
 
 
@@ -51,7 +49,7 @@ def clip_file_routes(clips: SignedClips) -> APIRouter:
     ) -> Response:
         """The bytes of a clip, for whoever has a URL that was signed for them and has not expired."""
         key = _clip_key(clip_id, name)
-        disposition = clips.presigner.verify(request.method, key, request.query_params.multi_items())
+        disposition = clips.local.presigner.verify(request.method, key, request.query_params.multi_items())
         stat, path = await _find(clips, key)
         etag = f'"{stat.etag}"'
         headers = {
@@ -82,7 +80,7 @@ def _clip_key(clip_id: str, name: str) -> str:
 
 async def _find(clips: SignedClips, key: str) -> tuple[ObjectStat, FilePath]:
     def find() -> tuple[ObjectStat, FilePath]:
-        return clips.store.stat(key), clips.store.path(key)
+        return clips.local.store.stat(key), clips.local.store.path(key)
 
     try:
         return await asyncio.get_running_loop().run_in_executor(clips.executor, find)

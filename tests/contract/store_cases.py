@@ -1,26 +1,36 @@
-"""The stores that the contract suite runs against: a new one joins with a function in `STORE_CASES`."""
+"""The stores that the contract suite runs against; `conftest.py` names them and opens a case for each test."""
 
 import pickle
 import secrets
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import partial
+from datetime import UTC, datetime, timedelta
+from functools import cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import parse_qsl, urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
 
+from minio.credentials.providers import Provider
+from pydantic import SecretStr
+from s3_servers.ministack import BUCKETS
+from s3_servers.process import S3Server
 from store_worker import CRASH_STATUS
 
 import storage
 from schemas.errors import UrlExpired, UrlInvalid
 from storage.local import LocalStore
+from storage.s3 import S3Store
+from storage.s3_credentials import static_credentials
+from storage.s3_options import S3Options
+from storage.s3_presigner import S3Presigner
+from storage.s3_setup import prepare_bucket
 from storage.signing import LocalPresigner
 from storage.store import ObjectNotFound, ObjectStore, Presigner, content_type
 
@@ -130,21 +140,50 @@ def local_case(tmp_path: Path) -> Iterator[StoreCase]:
                 presigner=LocalPresigner(public_url + "/", secret, now=clock.now),
                 open_store=open_store,
                 wait_until=clock.wait_until,
-                crash_in_put=partial(crash_before_rename, open_store),
+                crash_in_put=partial(crash, open_store, "crash_before_rename"),
             )
         finally:
             server.shutdown()
             thread.join()
 
 
-def crash_before_rename(open_store: Callable[[], ObjectStore], key: str) -> None:
-    worker = Worker(open_store, "crash_before_rename", key)
+@cache
+def prepared_bucket(server: S3Server) -> S3Options:
+    """A bucket that the cases of one server share, each below a prefix of its own."""
+    options = S3Options(endpoint=server.endpoint, bucket=f"{BUCKETS}contract")
+    return prepare_bucket(options, server_credentials(server), create=True).options
+
+
+def server_credentials(server: S3Server) -> Provider:
+    return static_credentials(SecretStr(server.access_key), SecretStr(server.secret_key))
+
+
+@contextmanager
+def s3_case(server: S3Server) -> Iterator[StoreCase]:
+    """A real S3 server, its URLs answered by itself and its clock the machine's."""
+    credentials = server_credentials(server)
+    options = prepared_bucket(server).model_copy(update={"prefix": f"{secrets.token_hex(8)}/"})
+    open_store = partial(S3Store, options, credentials)
+    yield StoreCase(
+        store=open_store(),
+        presigner=S3Presigner(options, credentials),
+        open_store=open_store,
+        wait_until=wait_for_the_clock,
+        crash_in_put=partial(crash, open_store, "crash_in_the_body"),
+    )
+
+
+def wait_for_the_clock(time_: datetime) -> None:
+    while (left := time_ - datetime.now(UTC)) >= timedelta(0):
+        time.sleep(left.total_seconds() + 0.01)
+
+
+def crash(open_store: Callable[[], ObjectStore], task: str, *arguments: str) -> None:
+    """Run a task that kills its process in the middle of a `put`."""
+    worker = Worker(open_store, task, *arguments)
     worker.wait_ready()
     worker.go()
     assert worker.result() == (CRASH_STATUS, "")
-
-
-STORE_CASES = {"local": local_case}
 
 
 class Worker:

@@ -3,15 +3,18 @@
 Reads the pickled factory of the store, prints `ready`, waits for a line, does the task, prints its result.
 """
 
+import http.client
 import os
 import pickle
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from storage.store import ObjectStore, PreconditionFailed
 
 CRASH_STATUS = 77
+LARGE_BYTES = 100_000
 
 
 def create(store: ObjectStore, keys: str, number: str) -> str:
@@ -52,7 +55,40 @@ def crash_before_rename(store: ObjectStore, key: str) -> str:
     return "survived"
 
 
-TASKS: dict[str, Callable[..., str]] = {task.__name__: task for task in (create, increment, crash_before_rename)}
+def crash_in_the_body(store: ObjectStore, key: str) -> str:
+    """Die when the server has half of the object."""
+    _die_while_sending(1)
+    store.put(key, b"x" * LARGE_BYTES)
+    return "survived"
+
+
+def crash_in_the_second_part(store: ObjectStore, key: str, path: str) -> str:
+    """Die when the server has one part of a large file, and half of the next."""
+    _die_while_sending(2)
+    store.put(key, Path(path), if_none_match=True)
+    return "survived"
+
+
+def _die_while_sending(body: int) -> None:
+    """Die in the middle of the large body of this number, counted from 1."""
+    send = http.client.HTTPConnection.send
+    sent = 0
+
+    def send_or_die(connection: http.client.HTTPConnection, data: bytes) -> None:
+        nonlocal sent
+        sent += len(data) >= LARGE_BYTES
+        if sent == body:
+            send(connection, data[: len(data) // 2])
+            os._exit(CRASH_STATUS)
+        send(connection, data)
+
+    http.client.HTTPConnection.send = send_or_die
+
+
+TASKS: dict[str, Callable[..., str]] = {
+    task.__name__: task
+    for task in (create, increment, crash_before_rename, crash_in_the_body, crash_in_the_second_part)
+}
 
 if __name__ == "__main__":
     # The pickle comes from the parent, this project's own test.

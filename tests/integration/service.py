@@ -38,10 +38,15 @@ def write_config(folder: Path, **args: Any) -> Path:
     return path
 
 
+def run_serve(config: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "serve_graph.cli", "serve", "--config", str(config), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
 class RunningService:
     """Started on construction; `wait_ready` returns once it says so. Use `stop` to end it."""
 
-    def __init__(self, folder: Path, **args: Any) -> None:
+    def __init__(self, folder: Path, env: dict[str, str] | None = None, **args: Any) -> None:
         self.folder = folder
         self.port = free_port()
         self.base = f"http://127.0.0.1:{self.port}"
@@ -52,7 +57,7 @@ class RunningService:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {"COLUMNS": "200"},
+            env=os.environ | (env or {}),
         )
         self.stdout: list[str] = []
         self.stderr: list[str] = []
@@ -120,4 +125,7 @@ class RunningService:
         code = self.process.wait(STOP_TIMEOUT_S)
         for reader in self._readers:
             reader.join(10)
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream is not None:
+                stream.close()
         return code

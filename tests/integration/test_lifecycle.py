@@ -5,14 +5,13 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
-from tests.integration.service import RunningService, write_config
+from tests.integration.service import RunningService, run_serve, write_config
 
 JOB = {"prompt": "a blue square", "num_frames": 81, "num_inference_steps": 100}
 
@@ -129,8 +128,3 @@ def test_serve_refuses_a_taken_port_in_one_line(tmp_path: Path) -> None:
     assert ended.returncode == 1
     assert len(ended.stderr.splitlines()) == 1
     assert "is taken" in ended.stderr
-
-
-def run_serve(config: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "serve_graph.cli", "serve", "--config", str(config), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)

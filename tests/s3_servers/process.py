@@ -67,12 +67,12 @@ class Daemon:
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
-    def stop(self) -> None:
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """Ask it to end, then make it."""
         if self._process.poll() is None:
             self._process.terminate()
         try:
-            self._process.wait(STOP_TIMEOUT_S)
+            self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.kill()
 

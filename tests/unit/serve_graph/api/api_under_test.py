@@ -18,6 +18,7 @@ from serve_graph.api.routes import Service
 from serve_graph.health import HealthMonitor
 from serve_graph.metrics import merge, snapshot
 from serve_graph.settings import Settings
+from serve_graph.stores import LocalFiles
 
 MAX_BODY_BYTES = 64 * 1024
 
@@ -68,7 +69,7 @@ async def open_api(folder: Path, log: LogLines) -> AsyncIterator[Api]:
             profile=WAN_TINY,
             metrics=jobs.metrics,
             max_body_bytes=MAX_BODY_BYTES,
-            signed_clips=SignedClips(jobs.store, jobs.presigner, jobs.executor),
+            signed_clips=SignedClips(LocalFiles(jobs.store, jobs.presigner), jobs.executor),
         )
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url=PUBLIC_URL) as http:

@@ -1,0 +1,85 @@
+"""The whole graph on a real S3 server: the bucket's own URL in the answer, and its bytes behind it."""
+
+import hashlib
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from s3_servers.ministack import BUCKETS, Ministack
+from s3_servers.process import S3Server
+
+from schemas.clips import Clip
+from tests.integration.service import RunningService, run_serve, write_config
+
+BUCKET = f"{BUCKETS}service"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with Ministack(tmp_path_factory.mktemp("ministack")) as ministack:
+        yield ministack.info
+
+
+@pytest.fixture(scope="module")
+def on_s3(server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+    storage = {
+        "kind": "s3",
+        "folder": str(tmp_path_factory.mktemp("secret")),
+        "create_bucket": True,
+        "s3": {"endpoint": server.endpoint, "bucket": BUCKET},
+    }
+    env = {"WAN_S3_ACCESS_KEY": server.access_key, "WAN_S3_SECRET_KEY": server.secret_key}
+    running = RunningService(tmp_path_factory.mktemp("on-s3"), env=env, storage=storage).wait_ready()
+    yield running
+    running.stop()
+
+
+def generate(service: RunningService, **fields: int) -> Clip:
+    with service.client() as http:
+        answer = http.post("/generate", json={"prompt": "a red circle moving left", **fields})
+    assert answer.status_code == 200, answer.text
+    return Clip.model_validate_json(answer.content)
+
+
+def test_generate_answers_the_bucket_s_own_url_and_its_bytes(on_s3: RunningService, server: S3Server) -> None:
+    clip = generate(on_s3)
+    assert clip.output_url.startswith(f"{server.endpoint}/{BUCKET}/clips/{clip.clip_id}/")
+    answer = httpx.get(clip.output_url)
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "video/mp4")
+    assert answer.headers["content-disposition"] == f'inline; filename="{clip.clip_id}.mp4"'
+    assert hashlib.sha256(answer.content).hexdigest() == clip.sha256
+    redirect = httpx.get(f"{on_s3.base}/outputs/{clip.clip_id}", follow_redirects=False)
+    assert redirect.status_code == 307
+    assert httpx.get(redirect.headers["location"]).content == answer.content
+
+
+def test_bucket_s_url_is_refused_once_changed_or_expired(on_s3: RunningService) -> None:
+    clip = generate(on_s3, url_ttl_s=2)
+    assert httpx.get(clip.output_url).status_code == 200
+    assert httpx.get(clip.output_url.split("?")[0]).status_code == 403
+    assert httpx.get(clip.output_url.replace("X-Amz-Expires=2", "X-Amz-Expires=9000")).status_code == 403
+    while time.time() <= clip.expires_at.timestamp():
+        time.sleep(0.05)  # the clock is what expires it
+    assert httpx.get(clip.output_url).status_code == 403
+
+
+def test_health_names_the_store_and_no_key_is_shown(on_s3: RunningService, server: S3Server) -> None:
+    generate(on_s3)
+    health = httpx.get(on_s3.base + "/health", timeout=30)
+    assert health.json()["storage"] == {"kind": "s3", "reachable": True}
+    assert server.secret_key not in on_s3.output() + health.text
+    commands = [" ".join(process.cmdline()) for process in on_s3.family()]
+    assert not [command for command in commands if server.secret_key in command]
+
+
+def test_serve_refuses_a_bucket_that_is_missing_in_one_line(
+    server: S3Server, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WAN_S3_ACCESS_KEY", server.access_key)
+    monkeypatch.setenv("WAN_S3_SECRET_KEY", server.secret_key)
+    bucket = {"endpoint": server.endpoint, "bucket": f"{BUCKETS}none"}
+    ended = run_serve(write_config(tmp_path_factory.mktemp("none"), storage={"kind": "s3", "s3": bucket}))
+    assert ended.returncode == 1
+    assert "the bucket does not exist: make it" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
