@@ -55,5 +55,5 @@ format: $(STAMP) ## Fix what ruff can fix
 bench: $(STAMP) ## Measure; writes benchmarks/results/
 	$(BIN)/python -m benchmarks.run
 
-clean: ## Remove the environment, the data folder and everything built
-	rm -rf $(VENV) data out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+clean: ## Remove the environment and everything built; clips and records under data/ stay
+	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -46,7 +46,7 @@ class Stock:
         torch.set_num_threads(settings.engine.num_threads)
         diffusers_logging.disable_progress_bar()
         self._settings = settings
-        checkpoint = locate_checkpoint(settings.profile, None, None, settings.models_dir)
+        checkpoint = locate_checkpoint(settings.profile, None, None, settings.models_dir).folder
         self._folder = settings.data_dir / "stock"
         self._folder.mkdir()
         self._pipeline = WanPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32, disable_mmap=True)
@@ -111,7 +111,7 @@ class BareEngine:
         torch.set_num_threads(settings.engine.num_threads)
         self._settings = settings
         self._profile = settings.profile
-        folder = locate_checkpoint(self._profile, None, None, settings.models_dir)
+        folder = locate_checkpoint(self._profile, None, None, settings.models_dir).folder
         parts = load_generator_parts(folder, _CPU, "float32", "float32")
         self._text_encoder = TextEncoder(
             load_text_parts(folder, _CPU, "float32"),
@@ -128,7 +128,7 @@ class BareEngine:
         self._engine = Engine(parts, limits, metrics)
         self._renderer = Renderer(
             self._engine,
-            open_store(settings).store,
+            open_store(settings),
             model=self._profile.name,
             spool=settings.spool_dir,
             encode=settings.encode,

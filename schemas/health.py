@@ -1,5 +1,6 @@
 """What `GET /health` answers."""
 
+from datetime import datetime
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -39,7 +40,14 @@ class GeneratorHealth(_Part):
 
     model: ModelHealth
     gpu: GpuHealth | None
-    last_error: str | None
+
+
+class LastError(_Part):
+    """The last job that failed through no fault of its request: the problem's type, without its prefix, and when."""
+
+    error: str
+    job_id: str
+    at: datetime
 
 
 class Health(_Part):
@@ -49,6 +57,6 @@ class Health(_Part):
     gpu: GpuHealth | None
     queue: QueueHealth
     storage: StorageHealth
-    last_error: str | None
+    last_error: LastError | None
     uptime_s: float
     versions: dict[str, str]

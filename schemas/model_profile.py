@@ -78,9 +78,10 @@ class ModelProfile(BaseModel):
         errors: list[FieldError] = []
         size = self._size(request, errors)
         fps = request.fps if request.fps is not None else self.defaults.fps
-        if fps not in self.fps:
+        fps_is_legal = fps in self.fps
+        if not fps_is_legal:
             errors.append(self._refusal("fps", f"{fps} is not offered", nearest_values(fps, self.fps)))
-        num_frames = self._num_frames(request, fps, errors)
+        num_frames = self._num_frames(request, fps if fps_is_legal else None, errors)
         steps = _or(request.num_inference_steps, self.defaults.num_inference_steps)
         self._check_range("num_inference_steps", steps, 1, self.max_num_inference_steps, errors)
         guidance_scale = _or(request.guidance_scale, self.defaults.guidance_scale)
@@ -158,13 +159,17 @@ class ModelProfile(BaseModel):
             errors.append(self._refusal(field, f"{width}x{height} is not a size of {self.name}", nearest))
         return None
 
-    def _num_frames(self, request: GenerateRequest, fps: int, errors: list[FieldError]) -> int | None:
+    def _num_frames(self, request: GenerateRequest, fps: int | None, errors: list[FieldError]) -> int | None:
+        """fps: None where it was refused; a duration can't be judged then."""
         if request.duration is not None:
+            if fps is None:
+                return None
             wanted = request.duration * fps + 1
             legal = [n for n in self._frame_counts() if abs(n - wanted) < 1e-6]
             if not legal:
                 seconds = tuple((n - 1) / fps for n in nearest_values(wanted, self._frame_counts()))
-                errors.append(self._refusal("duration", f"{request.duration:g} s at {fps} fps is not whole", seconds))
+                reason = f"{request.duration:g} s at {fps} fps is not a legal length"
+                errors.append(self._refusal("duration", reason, seconds))
                 return None
             return legal[0]
         num_frames = _or(request.num_frames, self.defaults.num_frames)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import av
 import httpx
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -50,8 +51,13 @@ def run_demo(config: Path, prompt: str, out: Path) -> None:
         httpx.Client(base_url=base, timeout=30) as http,
     ):
         started_s = time.monotonic() - began
-        clip = _generate(http, prompt, console)
-        data = http.get(clip.output_url).raise_for_status().content
+        try:
+            clip = _generate(http, prompt, console)
+            data = http.get(clip.output_url).raise_for_status().content
+        except (httpx.HTTPError, ValidationError) as error:
+            raise DemoFailed(
+                f"the service did not answer as it should ({type(error).__name__}); see {out / 'demo.log'}"
+            ) from error
     mp4, sheet = out / "demo.mp4", out / "demo.png"
     mp4.write_bytes(data)
     try:

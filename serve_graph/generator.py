@@ -17,6 +17,7 @@ from serve_graph.logs import configure_logging, log_event, log_failure
 from serve_graph.metrics import GeneratorMetrics, new_registry, snapshot
 from serve_graph.preprocessor import TEXT_ENCODER_GPUS
 from serve_graph.settings import Settings
+from serve_graph.spool import claim_spool
 from serve_graph.stores import open_store
 
 if TYPE_CHECKING:
@@ -40,34 +41,33 @@ class Generator:
         configure_logging(level=settings.log_level, deployment=self._deployment, replica=self._replica)
         torch.set_num_threads(settings.engine.num_threads)
         model, profile = settings.model, settings.profile
-        device = checkpoint.pick_device(model.device)
+        device = checkpoint.pick_device(model.device, "model.device")
         dtype = checkpoint.resolve_dtype(model.dtype, device)
-        folder = locate_checkpoint(profile, model.path, model.revision, settings.models_dir)
+        found = locate_checkpoint(profile, model.path, model.revision, settings.models_dir)
         vae_dtype = checkpoint.resolve_dtype(model.vae_dtype, device)
-        parts = checkpoint.load_generator_parts(folder, device, dtype, vae_dtype)
+        parts = checkpoint.load_generator_parts(found.folder, device, dtype, vae_dtype)
         self._device = device
         self._registry = new_registry()
         self._metrics = GeneratorMetrics(self._registry)
-        self._metrics.set_model(profile.name, model.revision, dtype, str(device))
-        self._last_error: str | None = None
+        self._metrics.set_model(profile.name, found.revision, dtype, str(device))
         limits = EngineLimits(
             max_jobs_in_flight=settings.engine.max_jobs_in_flight,
             max_batch_tokens=settings.engine.max_batch_tokens,
             text_length=profile.max_sequence_length,
             hang_timeout_s=settings.engine.hang_timeout_s,
         )
-        self._engine = Engine(parts, limits, self._metrics, self._on_error)
+        self._engine = Engine(parts, limits, self._metrics, _log_failure)
         self._renderer = Renderer(
             self._engine,
-            open_store(settings).store,
+            open_store(settings),
             model=profile.name,
-            spool=settings.spool_dir,
+            spool=claim_spool(settings.spool_dir),
             encode=settings.encode,
             executor=ThreadPoolExecutor(max_workers=2 * settings.max_dispatched_jobs, thread_name_prefix="wan-encode"),
             metrics=self._metrics,
         )
         self._model = ModelHealth(
-            profile=profile.name, revision=model.revision, loaded=True, dtype=dtype, device=str(device)
+            profile=profile.name, revision=found.revision, loaded=True, dtype=dtype, device=str(device)
         )
         log_event("model_loaded", profile=profile.name, dtype=dtype, device=str(device))
 
@@ -81,8 +81,8 @@ class Generator:
             await events.aclose()
 
     async def health(self) -> GeneratorHealth:
-        """The model, its GPU and the last thing that went wrong."""
-        return GeneratorHealth(model=self._model, gpu=_gpu(self._device), last_error=self._last_error)
+        """The model and its GPU."""
+        return GeneratorHealth(model=self._model, gpu=_gpu(self._device))
 
     async def metrics_snapshot(self) -> tuple[str, str, list[Metric]]:
         """This replica's metrics: (deployment, replica, families)."""
@@ -100,9 +100,9 @@ class Generator:
         if engine is not None:
             engine.close()
 
-    def _on_error(self, job_id: str, error: BaseException) -> None:
-        self._last_error = type(error).__name__
-        log_failure("engine_failed", error, job_id=job_id)
+
+def _log_failure(job_id: str, error: BaseException) -> None:
+    log_failure("engine_failed", error, job_id=job_id)
 
 
 def generator_options(settings: Settings) -> dict[str, Any]:

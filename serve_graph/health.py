@@ -3,13 +3,12 @@
 import asyncio
 import platform
 import time
-from collections.abc import Callable
 from concurrent.futures import Executor
 from importlib.metadata import version
 from typing import Protocol
 
 from schemas.errors import ModelNotReady, ShuttingDown, StoreUnavailable, WanError
-from schemas.health import GeneratorHealth, Health, ModelHealth, QueueHealth, StorageHealth
+from schemas.health import GeneratorHealth, Health, LastError, ModelHealth, QueueHealth, StorageHealth
 from serve_graph.settings import Settings
 from storage.store import ObjectStore
 
@@ -25,6 +24,17 @@ class GeneratorProbe(Protocol):
         """Raises WanError when the generator or the preprocessor does not answer in time."""
 
 
+class JobsProbe(Protocol):
+    """What the job service knows of itself."""
+
+    @property
+    def last_error(self) -> LastError | None:
+        """The last failure that was not the request's."""
+
+    def queue(self) -> QueueHealth:
+        """How full it is."""
+
+
 class HealthMonitor:
     """Probes the generator and the store, together and at most once a second however many ask."""
 
@@ -33,13 +43,13 @@ class HealthMonitor:
         settings: Settings,
         probe: GeneratorProbe,
         store: ObjectStore,
-        queue: Callable[[], QueueHealth],
+        jobs: JobsProbe,
         executor: Executor,
     ) -> None:
         self._settings = settings
         self._probe = probe
         self._store = store
-        self._queue = queue
+        self._jobs = jobs
         self._executor = executor
         self._began = time.monotonic()
         self._lock = asyncio.Lock()
@@ -70,9 +80,9 @@ class HealthMonitor:
             reason=problem.detail if problem is not None else None,
             model=generator.model if generator is not None else unloaded,
             gpu=generator.gpu if generator is not None else None,
-            queue=self._queue(),
+            queue=self._jobs.queue(),
             storage=StorageHealth(kind=self._store.kind, reachable=self._store_problem is None),
-            last_error=generator.last_error if generator is not None else None,
+            last_error=self._jobs.last_error,
             uptime_s=round(time.monotonic() - self._began, 3),
             versions=self._versions,
         )

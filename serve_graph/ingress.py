@@ -18,7 +18,7 @@ from serve_graph.logs import configure_logging
 from serve_graph.metrics import IngressMetrics, merge, new_registry, snapshot
 from serve_graph.ray_worker import RayWorker
 from serve_graph.settings import Settings
-from serve_graph.stores import open_store
+from serve_graph.stores import open_signed_store
 from storage.job_records import JobRecords
 
 STORE_THREADS = 16
@@ -39,7 +39,7 @@ class Ingress:
         self._registry = new_registry()
         self._metrics = IngressMetrics(self._registry)
         executor = ThreadPoolExecutor(max_workers=STORE_THREADS, thread_name_prefix="wan-store")
-        opened = open_store(settings)
+        opened = open_signed_store(settings)
         self._jobs = JobService(
             profile=settings.profile,
             worker=self._worker,
@@ -51,7 +51,7 @@ class Ingress:
             metrics=self._metrics,
             executor=executor,
         )
-        self._health = HealthMonitor(settings, self._worker, opened.store, self._jobs.queue, executor)
+        self._health = HealthMonitor(settings, self._worker, opened.store, self._jobs, executor)
         self._signed_clips = None if opened.local is None else SignedClips(opened.local, executor)
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's name for it

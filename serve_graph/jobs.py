@@ -32,7 +32,7 @@ from schemas.errors import (
     WorkerLost,
 )
 from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask, Started
-from schemas.health import QueueHealth
+from schemas.health import LastError, QueueHealth
 from schemas.jobs import Job, JobRecord, JobState, Progress, RenderedClip, job_id_of, new_job_id
 from schemas.model_profile import ModelProfile
 from schemas.requests import GenerateRequest, GenerationParameters, url_ttl
@@ -41,7 +41,7 @@ from serve_graph.metrics import IngressMetrics
 from serve_graph.prompts import clean_prompt, prompt_hash
 from storage.job_records import JobRecords
 from storage.keys import clip_key
-from storage.store import PresignedUrl, Presigner
+from storage.store import PreconditionFailed, PresignedUrl, Presigner
 
 T = TypeVar("T")
 
@@ -115,6 +115,7 @@ class JobService:
         self._draining = False
         self._slots = asyncio.Semaphore(limits.max_dispatched_jobs)
         self._mean_job_s: float | None = None
+        self.last_error: LastError | None = None
         self._tell_metrics()
 
     async def submit(self, request: GenerateRequest, request_id: str) -> JobRecord:
@@ -295,17 +296,23 @@ class JobService:
 
     async def _end(self, live: _LiveJob, state: JobState, result: RenderedClip | None, error: Problem | None) -> None:
         """Record the end and tell the log and the metrics."""
+        unwanted = state is not JobState.SUCCEEDED
         try:
             await self._transition(live, state, result=result, error=error)
         except Exception as failure:  # whatever it is, the waiter has to hear of it
             # The waiter learns why; the record keeps the last state that could be written.
             log_failure("record_failed", failure, job_id=live.record.job_id)
             known = failure if isinstance(failure, WanError) else InternalError()
+            unwanted = isinstance(failure, PreconditionFailed)  # otherwise nobody can say what was written
             state, result, error = JobState.FAILED, None, known.problem(job_id=live.record.job_id)
             live.record = live.record.model_copy(update={"state": state, "error": error})
         seconds = time.monotonic() - live.began
         timings = result.timings if result is not None else None
         name = error.name if error is not None else ""
+        if error is not None and error.status >= 500:
+            self.last_error = LastError(error=name, job_id=live.record.job_id, at=datetime.now(UTC))
+        if unwanted and live.started:
+            await self._discard_clip(live.record)
         self._metrics.job_ended(state, seconds, error=name, timings=timings)
         log_job(
             request_id=live.record.request_id,
@@ -317,6 +324,13 @@ class JobService:
             error=name or None,
             timings=timings,
         )
+
+    async def _discard_clip(self, record: JobRecord) -> None:
+        """An upload may have ended just before the job did; its clip belongs to no one."""
+        try:
+            await self._io(self._records.discard_clip, record)
+        except WanError as failure:  # the store is away; what is left behind is garbage, not a clip
+            log_failure("discard_failed", failure, job_id=record.job_id)
 
     async def _transition(self, live: _LiveJob, state: JobState, **changes: Any) -> None:
         """Compare-and-swap the record. A caller that is cancelled meanwhile leaves the write to finish."""

@@ -4,12 +4,14 @@ torch and transformers are imported on the replica: whoever only binds this clas
 """
 
 import asyncio
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from prometheus_client import Metric
 from ray import serve
 
+from schemas.errors import WorkerLost
 from schemas.handoff import PreparedPrompt, TextEmbedding, TextItem
 from schemas.requests import GenerationParameters
 from serve_graph.logs import configure_logging, log_event
@@ -39,16 +41,18 @@ class Preprocessor:
         configure_logging(level=settings.log_level, deployment=self._deployment, replica=self._replica)
         torch.set_num_threads(settings.text.num_threads)
         profile, model = settings.profile, settings.model
-        device = checkpoint.pick_device(model.text_device)
-        folder = locate_checkpoint(profile, model.path, model.revision, settings.models_dir)
+        device = checkpoint.pick_device(model.text_device, "model.text_device")
+        found = locate_checkpoint(profile, model.path, model.revision, settings.models_dir)
         self._registry = new_registry()
         self._encoder = TextEncoder(
-            checkpoint.load_text_parts(folder, device, checkpoint.resolve_dtype(model.text_dtype, device)),
+            checkpoint.load_text_parts(found.folder, device, checkpoint.resolve_dtype(model.text_dtype, device)),
             profile.max_sequence_length,
             settings.text.cache_bytes,
             PreprocessorMetrics(self._registry),
         )
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wan-text")
+        self._hang_timeout_s = settings.engine.hang_timeout_s
+        self._busy_since: float | None = None
         self._encode_batch.set_max_batch_size(settings.text.max_batch_size)  # type: ignore[attr-defined]  # by @batch
         # The default negative prompt is in nearly every request; encoded alone, it serves reproducible ones too.
         self._encoder.encode([TextItem(profile.defaults.negative_prompt, solo=True)])
@@ -69,11 +73,19 @@ class Preprocessor:
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=BATCH_WAIT_S)
     async def _encode_batch(self, items: list[TextItem]) -> list[TextEmbedding]:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._encoder.encode, items)
+        self._busy_since = time.monotonic()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, self._encoder.encode, items)
+        finally:
+            self._busy_since = None
 
     async def health(self) -> None:
         """Answering is all there is to it."""
+
+    def check_health(self) -> None:
+        """Called by Serve, which replaces the replica when this raises."""
+        if self._busy_since is not None and time.monotonic() - self._busy_since > self._hang_timeout_s:
+            raise WorkerLost(f"the text encoder has not answered for {self._hang_timeout_s:g} s")
 
     async def metrics_snapshot(self) -> tuple[str, str, list[Metric]]:
         """This replica's metrics: (deployment, replica, families)."""
@@ -84,6 +96,7 @@ def preprocessor_options(settings: Settings) -> dict[str, Any]:
     """Serve's options; the config file's `deployments` go over them."""
     return {
         "name": "Preprocessor",
+        "health_check_period_s": 5,
         "max_ongoing_requests": settings.queue.max_waiting_jobs + settings.max_dispatched_jobs + 16,
         "ray_actor_options": {
             "num_cpus": 0,

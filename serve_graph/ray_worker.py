@@ -13,7 +13,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from schemas.errors import InternalError, ModelNotReady, QueueFull, WanError, WorkerLost
+from schemas.errors import InternalError, ModelNotReady, WanError, WorkerLost
 from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask
 from schemas.health import GeneratorHealth
 from schemas.requests import GenerationParameters
@@ -68,14 +68,23 @@ class RayWorker:
             raise ModelNotReady("the model is loading, or its process is being replaced") from error
 
     async def snapshots(self) -> Snapshots:
-        """Every replica's metrics; a replica that doesn't answer in time is left out of this scrape."""
-        found = await asyncio.gather(
-            *(
-                handle.broadcast("metrics_snapshot").results_async(timeout_s=SNAPSHOT_TIMEOUT_S, return_exceptions=True)
-                for handle in (self._preprocessor, self._generator)
-            )
+        """Every replica's metrics; a replica that fails is left out of this scrape.
+
+        So is a whole deployment, when it has no replica or one that doesn't answer in time: Serve's broadcast
+        has one time limit for all of its replicas and hands out nothing when it passes.
+        """
+        found = await asyncio.gather(*map(_snapshots_of, (self._preprocessor, self._generator)))
+        return [part for replicas in found for part in replicas]
+
+
+async def _snapshots_of(handle: DeploymentHandle[Any]) -> Snapshots:
+    try:
+        found = await handle.broadcast("metrics_snapshot").results_async(
+            timeout_s=SNAPSHOT_TIMEOUT_S, return_exceptions=True
         )
-        return [part for replicas in found for part in replicas if not isinstance(part, BaseException)]
+    except (TimeoutError, RayError, RayServeException):
+        return []
+    return [part for part in found if not isinstance(part, BaseException)]
 
 
 async def _result(response: Awaitable[T]) -> T:
@@ -87,7 +96,7 @@ async def _our_errors() -> AsyncIterator[None]:
     try:
         yield
     except BackPressureError as error:
-        raise QueueFull(0, 1) from error
+        raise ModelNotReady("the model has more calls waiting than it takes") from error
     except DeploymentUnavailableError as error:
         raise ModelNotReady("the model's deployment is not healthy") from error
     except RayTaskError as error:

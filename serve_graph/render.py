@@ -28,7 +28,7 @@ from serve_graph.engine.loop import Engine
 from serve_graph.metrics import GeneratorMetrics
 from serve_graph.settings import EncodeSettings
 from storage.os_errors import store_errors
-from storage.store import ObjectStore, StoreError
+from storage.store import ObjectStat, ObjectStore, StoreError
 
 PROGRESS_INTERVAL_S = 0.1
 """Between two progress events of one job: no person sees more, and each costs a message between processes."""
@@ -235,9 +235,14 @@ class Renderer:
 
     async def _upload(self, task: RenderTask, path: Path, encoded: Encoded, finished: Finished) -> RenderedClip:
         began = time.monotonic()
-        loop = asyncio.get_running_loop()
+        putting = asyncio.get_running_loop().run_in_executor(
+            self._executor, lambda: self._store.put(task.clip_key, path, if_none_match=True)
+        )
         try:
-            await loop.run_in_executor(self._executor, lambda: self._store.put(task.clip_key, path, if_none_match=True))
+            await asyncio.shield(putting)
+        except asyncio.CancelledError:
+            await self._take_back(putting, task.clip_key)
+            raise
         except WanError as error:
             self._metrics.upload_failed(error.name)
             raise
@@ -256,6 +261,12 @@ class Renderer:
                 upload=time.monotonic() - began,
             ),
         )
+
+    async def _take_back(self, putting: asyncio.Future[ObjectStat], clip_key: str) -> None:
+        """After a cancel in the middle of an upload, which can't be stopped: nobody will ever ask for the clip."""
+        with suppress(WanError, StoreError, OSError):
+            await putting
+            await asyncio.get_running_loop().run_in_executor(self._executor, self._store.delete, clip_key)
 
 
 def _digest(path: Path) -> tuple[int, str]:

@@ -10,6 +10,7 @@ import secrets
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -69,6 +70,7 @@ def load_config(path: Path, host: str | None = None, port: int | None = None) ->
     if len(ours) != 1:
         raise ConfigError(f"{path} must list one application with import_path: {IMPORT_PATH}")
     raw["http_options"] = http = _http_options(path, raw, host, port)
+    _refuse_unknown_keys(path, raw, ours[0])
     if http["host"] not in LOOPBACK:
         raise ConfigError(
             f"http_options.host is {http['host']}: without API keys the service answers on loopback only (127.0.0.1)"
@@ -76,6 +78,20 @@ def load_config(path: Path, host: str | None = None, port: int | None = None) ->
     settings = read_settings(ours[0].get("args") or {}, public_url=f"http://{http['host']}:{http['port']}")
     ours[0]["args"] = settings.model_dump(mode="json")
     return ServeConfig(raw, ours[0].get("name", "default"), http["host"], http["port"], settings)
+
+
+def _refuse_unknown_keys(path: Path, raw: dict[str, Any], application: dict[str, Any]) -> None:
+    """Serve's own schema ignores a key that it doesn't know, and with it what the key was to say."""
+    from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
+
+    for part, where, known in (
+        (raw, "", ServeDeploySchema),
+        (raw["http_options"], "http_options.", HTTPOptionsSchema),
+        (application, "applications.", ServeApplicationSchema),
+    ):
+        for key in part:
+            if key not in known.model_fields:
+                raise ConfigError(f"{path}: unknown key {where}{key}")
 
 
 def _http_options(path: Path, raw: dict[str, Any], host: str | None, port: int | None) -> dict[str, Any]:
@@ -171,11 +187,12 @@ def _signals(stopping: threading.Event) -> Iterator[None]:
 @contextmanager
 def _ray(settings: Settings) -> Iterator[None]:
     """A Ray of our own on loopback, with token authentication and no usage statistics."""
+    token = _token_file(settings.data_dir)
     os.environ.update(
         RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # everything on 127.0.0.1, whatever the machine's address
         RAY_USAGE_STATS_ENABLED="0",
         RAY_AUTH_MODE="token",
-        RAY_AUTH_TOKEN_PATH=str(_token_file(settings.data_dir)),
+        RAY_AUTH_TOKEN_PATH=str(token),
         RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=CALLBACK,
         # Our replicas never block their event loop, so they need no second one; two threads fewer fight for the GIL.
         RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD="0",
@@ -197,18 +214,17 @@ def _ray(settings: Settings) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        token.unlink(missing_ok=True)
 
 
 def _token_file(data_dir: Path) -> Path:
-    """Ray's token: made for this start, readable by this user only."""
+    """Ray's token, in a file of this start's own, readable by this user only: two services may share a data folder."""
     folder = data_dir / "run"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = folder / "ray-token"
-    path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    descriptor, name = tempfile.mkstemp(prefix="ray-token-", dir=folder)  # mode 0600
     with os.fdopen(descriptor, "w") as file:
         file.write(secrets.token_hex(32))
-    return path
+    return Path(name)
 
 
 def _forward_log_lines(batch: dict[str, Any]) -> None:
@@ -263,11 +279,12 @@ def _report(app: Any) -> str:
 def _stop(config: ServeConfig) -> None:
     """Let running jobs end within the drain limit, then take everything down."""
     from ray import serve
+    from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
     limit_s = config.settings.queue.drain_timeout_s + _STOP_MARGIN_S
     try:
         serve.get_app_handle(config.app_name).drain.remote().result(timeout_s=limit_s)
-    except (RayServeException, TimeoutError):
-        log_event("not_drained")
+    except (RayError, RayServeException, TimeoutError):
+        log_event("not_drained", level=logging.WARNING)
     serve.delete(config.app_name)  # lets requests end; the caller's ray.shutdown() ends the rest

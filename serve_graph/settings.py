@@ -22,6 +22,9 @@ ENV_PREFIX = "WAN_"
 SECRET_NAMES = frozenset({"WAN_SIGNING_SECRET", "WAN_S3_ACCESS_KEY", "WAN_S3_SECRET_KEY", "WAN_S3_SESSION_TOKEN"})
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+Preset = Literal[
+    "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo"
+]
 
 
 class ConfigError(Exception):
@@ -39,11 +42,15 @@ class ModelSettings(_Section):
     path: Path | None = Field(default=None, description="A checkpoint in diffusers' layout; else the profile's own.")
     revision: str | None = Field(default=None, description="The hub's revision, where the profile has a hub id.")
     device: str = Field(
-        default="auto", description="For the generator: `cpu`, `cuda`, or `auto`, a GPU where there is one."
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
+        description="For the generator: `cpu`, `cuda`, or `auto`, a GPU where there is one.",
     )
     dtype: Dtype = Field(default="auto", description="Of the transformer; `auto`: bfloat16 on a GPU.")
     vae_dtype: Dtype = Field(default="float32", description="Of the VAE.")
-    text_device: str = Field(default="cpu", description="For the text encoder: `cpu` or `cuda`.")
+    text_device: str = Field(
+        default="cpu", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="For the text encoder: `cpu` or `cuda`."
+    )
     text_dtype: Dtype = Field(default="auto", description="Of the text encoder.")
 
     @model_validator(mode="after")
@@ -100,7 +107,7 @@ class EncodeSettings(_Section):
     """The MP4 encoder (x264)."""
 
     crf: int = Field(default=18, ge=0, le=51, description="Constant rate factor; lower is better and larger.")
-    preset: str = Field(default="fast", description="x264's preset.")
+    preset: Preset = Field(default="fast", description="x264's preset.")
     num_threads: int = Field(default=1, ge=1, description="x264's threads; 1 gives the same bytes everywhere.")
 
 

@@ -27,7 +27,7 @@ class LocalFiles:
 
 
 @dataclass(frozen=True)
-class OpenStore:
+class SignedStore:
     """The store, what signs its URLs, and the key for prompt hashes. local: None for a bucket."""
 
     store: ObjectStore
@@ -36,8 +36,15 @@ class OpenStore:
     local: LocalFiles | None
 
 
-def open_store(settings: Settings) -> OpenStore:
-    """Open the store. Secrets come from this process's environment; the signing secret, too, or from beside the data.
+def open_store(settings: Settings) -> ObjectStore:
+    """Open the store alone. A bucket's keys come from this process's environment. Raises StoreUnavailable."""
+    if settings.storage.kind == "s3":
+        return S3Store(_bucket(settings.storage), s3_credentials(Secrets()))
+    return LocalStore(settings.storage.folder)
+
+
+def open_signed_store(settings: Settings) -> SignedStore:
+    """Open the store and what signs its URLs. The signing secret is the environment's, or lies in the local folder.
 
     Raises StoreUnavailable, and ValueError for a secret that is too short.
     """
@@ -47,9 +54,9 @@ def open_store(settings: Settings) -> OpenStore:
     hash_secret = derive(secret, "prompt-hash")
     if settings.storage.kind == "s3":
         options, credentials = _bucket(settings.storage), s3_credentials(secrets)
-        return OpenStore(S3Store(options, credentials), S3Presigner(options, credentials), hash_secret, local=None)
+        return SignedStore(S3Store(options, credentials), S3Presigner(options, credentials), hash_secret, local=None)
     local = LocalFiles(LocalStore(folder), LocalPresigner(settings.require_public_url(), derive(secret, "url-signing")))
-    return OpenStore(local.store, local.presigner, hash_secret, local)
+    return SignedStore(local.store, local.presigner, hash_secret, local)
 
 
 def prepare_store(settings: Settings) -> tuple[Settings, tuple[str, ...]]:

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from schemas.errors import InternalError, JobNotFound, Problem
 from schemas.jobs import TRANSITIONS, JobRecord, JobState, RenderedClip
-from storage.keys import job_key
+from storage.keys import clip_key, job_key
 from storage.store import InvalidKey, ObjectNotFound, ObjectStore, StoreError
 
 RECORD_VERSION: Final = 1
@@ -68,6 +68,10 @@ class JobRecords:
         except (InvalidKey, ObjectNotFound) as error:
             raise JobNotFound from error
         return _decode(found.body, job_id), found.stat.etag
+
+    def discard_clip(self, record: JobRecord) -> None:
+        """Delete what this record's attempt may have left in the store; the key's token is no other attempt's."""
+        self._store.delete(clip_key(record.clip_id, record.attempt_token))
 
     def transition(
         self, record: JobRecord, etag: str, to_state: JobState, **changes: Unpack[JobChanges]

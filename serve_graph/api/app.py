@@ -46,10 +46,15 @@ def create_api(
         redirect_slashes=False,
     )
     install_handlers(app, profile)
-    app.include_router(routes(service, profile))
-    if signed_clips is not None:
-        app.include_router(clip_file_routes(signed_clips))
+    all_routes = [*app.routes]  # the documentation's; an included router hides its own
+    for router in [routes(service, profile), *([] if signed_clips is None else [clip_file_routes(signed_clips)])]:
+        all_routes += router.routes
+        app.include_router(router)
     app.add_middleware(
-        RequestMiddleware, metrics=metrics, max_body_bytes=max_body_bytes, echo_request_id=echo_request_id
+        RequestMiddleware,
+        routes=all_routes,
+        metrics=metrics,
+        max_body_bytes=max_body_bytes,
+        echo_request_id=echo_request_id,
     )
     return app

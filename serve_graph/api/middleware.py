@@ -5,8 +5,10 @@ Plain ASGI, since Starlette's `BaseHTTPMiddleware` hides a client's disconnect f
 
 import time
 from collections import deque
+from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from schemas.errors import BodyTooLarge, InternalError
@@ -23,11 +25,21 @@ CLIENT_CLOSED_REQUEST = 499
 class RequestMiddleware:
     """Wraps the whole application; see the module's docstring.
 
+    routes: the application's, to name the route of a request that ends before it is routed.
     echo_request_id: put the id on the answer; off where a proxy in front does.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: IngressMetrics, max_body_bytes: int, echo_request_id: bool) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        routes: Sequence[BaseRoute],
+        metrics: IngressMetrics,
+        max_body_bytes: int,
+        echo_request_id: bool,
+    ) -> None:
         self._app = app
+        self._routes = routes
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
         self._echo_request_id = echo_request_id
@@ -64,7 +76,7 @@ class RequestMiddleware:
             await response(scope, receive, send_with_id)
         finally:
             seconds = time.monotonic() - began
-            route = getattr(scope.get("route"), "path", None)
+            route = self._template(scope)
             self._metrics.request_answered(route, scope["method"], status, seconds)
             log_request(
                 request_id=context.request_id,
@@ -77,6 +89,16 @@ class RequestMiddleware:
                 prompt_hash=context.prompt_hash,
                 parameters=context.parameters,
             )
+
+    def _template(self, scope: Scope) -> str | None:
+        """The path template of the request's route, chosen as the router does; None where no route matches."""
+        if "route" not in scope:
+            matches = [(route.matches(scope)[0], route) for route in self._routes]
+            for wanted in (Match.FULL, Match.PARTIAL):
+                for match, route in matches:
+                    if match is wanted:
+                        return getattr(route, "path", None)
+        return getattr(scope.get("route"), "path", None)
 
     async def _read_body(self, scope: Scope, receive: Receive) -> deque[Message] | None:
         """The body's messages, held here so that its size is known before anything is parsed.

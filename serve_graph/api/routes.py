@@ -22,23 +22,6 @@ from serve_graph.metrics import CONTENT_TYPE
 
 RESPOND_ASYNC = "respond-async"
 
-EXAMPLES = {
-    "prompt only": {"value": {"prompt": "a red circle moving left"}},
-    "one second, a seed, a short-lived URL": {
-        "value": {"prompt": "a red circle moving left", "duration": 1, "seed": 7, "url_ttl_s": 600}
-    },
-    "a size and a frame count": {
-        "value": {
-            "prompt": "a blue square standing still",
-            "resolution": "64p",
-            "aspect_ratio": "16:9",
-            "num_frames": 33,
-            "num_inference_steps": 20,
-            "guidance_scale": 3,
-        }
-    },
-}
-
 
 @dataclass(frozen=True)
 class Service:
@@ -61,6 +44,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def routes(service: Service, profile: ModelProfile) -> APIRouter:
     """All routes but those of the local store's signed URLs."""
     router = APIRouter()
+    examples = _examples(profile)
 
     @router.post(
         "/generate",
@@ -72,7 +56,7 @@ def routes(service: Service, profile: ModelProfile) -> APIRouter:
     )
     async def generate(
         request: Request,
-        body: Annotated[GenerateRequest, Body(openapi_examples=EXAMPLES)],
+        body: Annotated[GenerateRequest, Body(openapi_examples=examples)],
         prefer: Annotated[list[str] | None, Header(description="`respond-async` answers at once.")] = None,
     ) -> Response | Clip:
         """Make one clip. Waits for it, unless `Prefer: respond-async` asks for the job instead."""
@@ -147,6 +131,32 @@ def wants_async(prefer: Iterable[str]) -> bool:
     """Whether Prefer headers hold `respond-async` (RFC 7240: comma-separated lists; parameters are ignored)."""
     preferences = ",".join(prefer).split(",")
     return any(preference.split(";")[0].strip().lower() == RESPOND_ASYNC for preference in preferences)
+
+
+def _examples(profile: ModelProfile) -> dict[str, Any]:
+    """Requests for the OpenAPI document, by what they show; the profile takes each of them."""
+    defaults = profile.defaults
+    return {
+        "prompt only": {"value": {"prompt": "a red circle moving left"}},
+        "a duration, a seed, a short-lived URL": {
+            "value": {
+                "prompt": "a red circle moving left",
+                "duration": (defaults.num_frames - 1) / defaults.fps,
+                "seed": 7,
+                "url_ttl_s": 600,
+            }
+        },
+        "a size and a frame count": {
+            "value": {
+                "prompt": "a blue square standing still",
+                "resolution": defaults.resolution,
+                "aspect_ratio": defaults.aspect_ratio,
+                "num_frames": defaults.num_frames,
+                "num_inference_steps": defaults.num_inference_steps,
+                "guidance_scale": defaults.guidance_scale,
+            }
+        },
+    }
 
 
 async def _wait_for_clip(jobs: JobService, request: Request, job_id: str) -> Response | Clip:

@@ -65,12 +65,12 @@ def load_text_parts(folder: Path, device: torch.device, dtype: str) -> TextParts
     )
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, setting: str) -> torch.device:
     """`auto` is the GPU where there is one. Raises ModelNotReady for a GPU that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelNotReady(f"model.device is {name}, and torch sees no GPU: use cpu or auto")
+        raise ModelNotReady(f"{setting} is {name}, and torch sees no GPU: use cpu or auto")
     return torch.device(name)
 
 

@@ -1,5 +1,6 @@
 """Where a checkpoint lies: a folder in diffusers' layout. Loads no weights."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -10,21 +11,31 @@ from schemas.model_profile import ModelProfile
 _LAYOUT = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 
 
-def locate_checkpoint(profile: ModelProfile, path: Path | None, revision: str | None, cache: Path) -> Path:
-    """The folder that holds the checkpoint: `path` itself, the hub's snapshot, or the tiny one, made under `cache`.
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """A checkpoint's folder, and its version where that is known: the hub's commit, or the tiny one's build."""
+
+    folder: Path
+    revision: str | None
+
+
+def locate_checkpoint(profile: ModelProfile, path: Path | None, revision: str | None, cache: Path) -> FoundCheckpoint:
+    """Find the checkpoint: `path` itself, the hub's snapshot, or the tiny one, made under `cache`.
 
     Raises ModelNotReady, in one line that says what to do, when there is no such checkpoint.
     """
     if path is not None:
-        folder = path
+        found = FoundCheckpoint(path, revision)
     elif profile.hub_id is not None:
-        folder = _download(profile.hub_id, revision)
+        snapshot = _download(profile.hub_id, revision)
+        found = FoundCheckpoint(snapshot, snapshot.name)  # the hub's cache names the folder by the commit
     else:
         from serve_graph.engine.tiny_checkpoint import build_tiny_checkpoint
 
         folder = build_tiny_checkpoint(cache)
-    check_layout(folder)
-    return folder
+        found = FoundCheckpoint(folder, folder.name)
+    check_layout(found.folder)
+    return found
 
 
 def check_layout(folder: Path) -> None:

@@ -127,6 +127,10 @@ class EngineJob:
         """Tell that all frames are out."""
         self.notify(Finished(denoise_s=self.denoise_s, decode_s=self._phase_seconds()))
 
+    def let_go(self) -> None:
+        """Give up the tensors of a job that has ended early, however long somebody keeps the job itself."""
+        self._prompt = self._denoising = self._decoding = None
+
     @property
     def steps_done(self) -> int:
         """Denoising steps taken so far: what is wasted when the job ends without a clip."""

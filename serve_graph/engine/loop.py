@@ -185,12 +185,12 @@ class Engine:
             return True
         finally:
             self._busy_since = None
-        if isinstance(problem, OutOfMemory):  # outside the handler, whose traceback holds on to tensors
-            self._shrink(jobs)
         if len(jobs) == 1:
             self._end(jobs[0], problem)
         for job in jobs:
             job.suspect = True
+        if isinstance(problem, OutOfMemory):  # now that neither the job nor the traceback holds on to tensors
+            self._shrink(jobs)
         return False
 
     def _shrink(self, jobs: Sequence[EngineJob]) -> None:
@@ -204,6 +204,7 @@ class Engine:
     def _end(self, job: EngineJob, error: WanError) -> None:
         self._remove(job)
         self._metrics.steps_wasted(job.steps_done)
+        job.let_go()
         job.notify(Failed(error))
 
     def _remove(self, job: EngineJob) -> None:

@@ -34,7 +34,8 @@ def test_serve_finishes_running_work_and_leaves_no_process_when_stopped(tmp_path
     assert answer.status_code == 200, answer.text
     assert code == 0, service.output()
     assert psutil.wait_procs(family, timeout=10)[1] == []
-    assert list((tmp_path / "data" / "spool").iterdir()) == []
+    assert list((tmp_path / "data" / "spool").rglob("*.mp4")) == []
+    assert list((tmp_path / "data" / "run").iterdir()) == []
 
 
 def test_killed_generator_is_replaced_and_the_next_request_works(tmp_path: Path) -> None:
@@ -52,8 +53,27 @@ def test_killed_generator_is_replaced_and_the_next_request_works(tmp_path: Path)
             while http.get("/health/ready").status_code != 200:
                 pass
             assert http.post("/generate", json={"prompt": "again"}).status_code == 200
+            assert http.get("/health").json()["last_error"]["error"] == "worker-lost"
+        assert list((tmp_path / "data" / "spool").rglob("job_*")) == []
     finally:
         service.stop()
+
+
+def test_two_services_share_a_data_folder(tmp_path: Path) -> None:
+    """`make demo` beside `make serve`: each Ray keeps its own token, or the first could start no worker any more."""
+    first = RunningService(tmp_path).wait_ready()
+    second = RunningService(tmp_path).wait_ready()
+    try:
+        assert second.stop() == 0
+        first.replica("Generator").kill()
+        with first.client() as http:
+            while http.get("/health/ready").status_code == 200:
+                pass
+            while http.get("/health/ready").status_code != 200:
+                pass
+            assert http.post("/generate", json={"prompt": "still here"}).status_code == 200
+    finally:
+        first.stop()
 
 
 def test_second_start_on_the_same_data_still_serves_the_first_one_s_clips(tmp_path: Path) -> None:
@@ -86,7 +106,7 @@ def test_disk_full_is_507_and_nothing_partial_is_left(tmp_path: Path) -> None:
         job = service.wait_log("job")
         assert (job["state"], job["error"]) == ("failed", "store-full")
         assert list(mount.glob("clips/**/*.mp4")) == []
-        assert list((tmp_path / "data" / "spool").iterdir()) == []
+        assert list((tmp_path / "data" / "spool").rglob("*.mp4")) == []
         filler.unlink()
         with service.client() as http:
             while http.get("/health/ready").status_code != 200:

@@ -22,6 +22,11 @@ print("connected to", sorted(actor["name"] for actor in ray.util.list_named_acto
 """
 
 
+def token_file(service: RunningService) -> Path:
+    (path,) = (service.folder / "data" / "run").glob("ray-token-*")
+    return path
+
+
 def gcs_address(service: RunningService) -> str:
     (gcs,) = [process for process in service.family() if process.name() == "gcs_server"]
     ports = {c.laddr.port for c in gcs.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
@@ -31,7 +36,7 @@ def gcs_address(service: RunningService) -> str:
 
 @pytest.mark.parametrize(("knows_token", "told"), [(True, "connected to SERVE"), (False, "refused")])
 def test_ray_lets_in_only_who_has_the_token(service: RunningService, knows_token: bool, told: str) -> None:
-    token = (service.folder / "data" / "run" / "ray-token").read_text() if knows_token else "0" * 64
+    token = token_file(service).read_text() if knows_token else "0" * 64
     environment = os.environ | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
@@ -48,7 +53,7 @@ def test_ray_lets_in_only_who_has_the_token(service: RunningService, knows_token
 
 
 def test_ray_token_is_readable_by_its_owner_only(service: RunningService) -> None:
-    token = Path(service.folder / "data" / "run" / "ray-token")
+    token = token_file(service)
     assert token.stat().st_mode & 0o777 == 0o600
     commands = [" ".join(process.cmdline()) for process in [*service.family(), psutil.Process(service.process.pid)]]
     assert not [command for command in commands if token.read_text() in command]

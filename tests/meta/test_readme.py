@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard, get_args
 
 import pytest
 from pydantic import BaseModel
@@ -13,14 +14,18 @@ from serve_graph.metrics import PROBLEMS, describe
 from serve_graph.settings import ENV_PREFIX, SECRET_NAMES, Settings
 
 PROJECT = Path(serve_graph.__file__).parents[1]
-TARGET = re.compile(r"^([a-z][a-z-]*):", re.MULTILINE)
+TARGET = re.compile(r"^([a-z][a-z0-9-]*):", re.MULTILINE)
+
+
+def is_section(annotation: object) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def settings_of(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """The path of every setting: ("model", "profile")."""
     for name, field in model.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
+        section = next((part for part in (field.annotation, *get_args(field.annotation)) if is_section(part)), None)
+        if section is not None:
             yield from settings_of(section, (*path, name))
         else:
             yield (*path, name)

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,18 +12,28 @@ import pytest
 from support import PATIENCE_S
 
 from schemas.errors import ModelNotReady, ShuttingDown, StoreFull, StoreUnavailable, WanError, WorkerLost
-from schemas.health import GeneratorHealth, ModelHealth, QueueHealth
+from schemas.health import GeneratorHealth, LastError, ModelHealth, QueueHealth
 from serve_graph import health
 from serve_graph.health import MAX_AGE_S, HealthMonitor
 from serve_graph.settings import Settings
 from storage.local import LocalStore
 
 QUEUE = QueueHealth(waiting=1, running=2, capacity=3)
+LAST_ERROR = LastError(error="out-of-memory", job_id=f"job_{0:032x}", at=datetime(2026, 11, 22, tzinfo=UTC))
+
+
+class KnownJobs:
+    """What a job service would tell."""
+
+    last_error: LastError | None = LAST_ERROR
+
+    def queue(self) -> QueueHealth:
+        return QUEUE
 
 
 def generator_health(loaded: bool = True) -> GeneratorHealth:
     model = ModelHealth(profile="wan-tiny", revision=None, loaded=loaded, dtype="float32", device="cpu")
-    return GeneratorHealth(model=model, gpu=None, last_error="OutOfMemory")
+    return GeneratorHealth(model=model, gpu=None)
 
 
 class CountingProbe:
@@ -77,7 +88,7 @@ def store(tmp_path: Path) -> CheckedStore:
 @pytest.fixture
 def monitor(clock: SimpleNamespace, probe: CountingProbe, store: CheckedStore) -> Iterator[HealthMonitor]:
     with ThreadPoolExecutor(max_workers=1) as executor:
-        yield HealthMonitor(Settings(), probe, store, lambda: QUEUE, executor)
+        yield HealthMonitor(Settings(), probe, store, KnownJobs(), executor)
 
 
 async def test_monitor_asks_once_however_many_want_to_know(
@@ -110,13 +121,15 @@ async def test_monitor_recovers_when_the_model_does(
     probe.answer = WorkerLost("the process went away", 1)
     with pytest.raises(WorkerLost):
         await monitor.require_ready()
-    assert (await monitor.health()).last_error is None
 
     probe.answer = generator_health()
     clock.now += MAX_AGE_S
     await monitor.require_ready()
-    found = await monitor.health()
-    assert (found.status, found.last_error) == ("ok", "OutOfMemory")
+    assert (await monitor.health()).status == "ok"
+
+
+async def test_health_tells_the_last_error_of_the_job_service(monitor: HealthMonitor) -> None:
+    assert (await monitor.health()).last_error == LAST_ERROR
 
 
 async def test_monitor_is_not_ready_while_the_model_loads(monitor: HealthMonitor, probe: CountingProbe) -> None:

@@ -419,7 +419,7 @@ async def test_render_fails_the_job_when_the_encoder_cannot_start(
     make_renderer: MakeRenderer, make_task: MakeTask, prompt: PreparedPrompt, spool: Path, quiet_loop: None
 ) -> None:
     """The encoder once died in silence, and the device thread waited for it for ever."""
-    renderer = make_renderer(encode=EncodeSettings(preset="no-such-preset"))
+    renderer = make_renderer(encode=EncodeSettings.model_construct(crf=18, preset="no-such-preset", num_threads=1))
 
     error = await error_of(renderer.render(make_task(num_frames=33), prompt))
 

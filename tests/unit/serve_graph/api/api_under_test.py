@@ -32,7 +32,6 @@ class ScriptedProbe:
         default_factory=lambda: GeneratorHealth(
             model=ModelHealth(profile="wan-tiny", revision=None, loaded=True, dtype="float32", device="cpu"),
             gpu=None,
-            last_error=None,
         )
     )
 
@@ -59,7 +58,7 @@ async def open_api(folder: Path, log: LogLines) -> AsyncIterator[Api]:
     """A service for 3 waiting jobs, one of them dispatched at a time."""
     with open_jobs(folder, max_waiting_jobs=3, max_dispatched_jobs=1) as jobs:
         probe = ScriptedProbe()
-        monitor = HealthMonitor(Settings(), probe, jobs.store, jobs.service.queue, jobs.executor)
+        monitor = HealthMonitor(Settings(), probe, jobs.store, jobs.service, jobs.executor)
 
         async def exposition() -> bytes:
             return merge([("Ingress", "replica-1", snapshot(jobs.registry))])

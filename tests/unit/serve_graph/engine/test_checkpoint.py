@@ -19,7 +19,7 @@ from serve_graph.engine.checkpoint import (
     pick_device,
     resolve_dtype,
 )
-from serve_graph.engine.checkpoint_folder import locate_checkpoint
+from serve_graph.engine.checkpoint_folder import FoundCheckpoint, locate_checkpoint
 from serve_graph.engine.tiny_checkpoint import BUILD, build_tiny_checkpoint
 
 CPU = torch.device("cpu")
@@ -58,11 +58,11 @@ def test_tiny_checkpoint_is_not_built_again_when_it_is_there(tiny_folder: Path) 
 
 
 def test_locate_checkpoint_takes_the_configured_folder(tiny_folder: Path, tmp_path: Path) -> None:
-    assert locate_checkpoint(WAN_1_3B, tiny_folder, None, tmp_path) == tiny_folder
+    assert locate_checkpoint(WAN_1_3B, tiny_folder, "abc", tmp_path) == FoundCheckpoint(tiny_folder, "abc")
 
 
 def test_locate_checkpoint_makes_the_tiny_one_when_the_profile_has_no_hub_id(tiny_folder: Path, tmp_path: Path) -> None:
-    assert locate_checkpoint(WAN_TINY, None, None, tiny_folder.parent) == tiny_folder
+    assert locate_checkpoint(WAN_TINY, None, None, tiny_folder.parent) == FoundCheckpoint(tiny_folder, BUILD)
 
 
 @pytest.mark.parametrize("part", ["vae", "model_index.json"])
@@ -99,9 +99,9 @@ def test_load_scheduler_takes_the_class_that_the_checkpoint_names(tiny_folder: P
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_pick_device_refuses_a_gpu_that_is_not_there() -> None:
-    assert pick_device("auto") == CPU
+    assert pick_device("auto", "model.device") == CPU
     with pytest.raises(ModelNotReady, match="no GPU"):
-        pick_device("cuda:0")
+        pick_device("cuda:0", "model.device")
 
 
 def test_resolve_dtype_is_bfloat16_on_a_gpu_only() -> None:
