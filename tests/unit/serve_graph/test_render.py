@@ -39,6 +39,7 @@ from serve_graph.metrics import GeneratorMetrics
 from serve_graph.render import ClipEncoder, Mp4Factory, Renderer
 from serve_graph.settings import EncodeSettings
 from storage.local import LocalStore
+from storage.store import ObjectStat
 
 if TYPE_CHECKING:
     from conftest import MakeProbe
@@ -543,3 +544,34 @@ async def test_clip_encoder_stops_twice_without_harm(make_encoder: Callable[...,
 
     await encoder.stop()
     await encoder.stop()
+
+
+class HeldStore(LocalStore):
+    """A store whose `put` waits until it is let go."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.putting = threading.Event()
+        self.let_go = threading.Event()
+
+    def put(self, key: str, body: bytes | Path, **conditions: Any) -> ObjectStat:
+        self.putting.set()
+        assert self.let_go.wait(PATIENCE_S)
+        return super().put(key, body, **conditions)
+
+
+async def test_render_cancelled_in_the_middle_of_its_upload_leaves_no_clip(
+    make_renderer: MakeRenderer, task: RenderTask, prompt: PreparedPrompt, spool: Path, tmp_path: Path, quiet_loop: None
+) -> None:
+    """The upload can't be stopped; it once ended in the store, a clip that nobody knew of."""
+    store = HeldStore(tmp_path / "held")
+    rendering = asyncio.create_task(collect(make_renderer(store=store).render(task, prompt)))
+    assert await asyncio.to_thread(store.putting.wait, PATIENCE_S)
+
+    rendering.cancel()
+    store.let_go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await rendering
+
+    assert store.list("").stats == ()
+    assert left_in(spool) == []

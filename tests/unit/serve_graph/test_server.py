@@ -11,6 +11,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 import serve_graph
+from serve_graph import server
 from serve_graph.server import IMPORT_PATH, StartFailed, load_config, serve_forever
 from serve_graph.settings import ConfigError
 
@@ -171,3 +172,27 @@ def test_command_tells_its_failure_in_one_line(tmp_path: Path, config: str, exit
     (line,) = done.stderr.splitlines()
     assert line.startswith("wan-serve: ")
     assert says in line
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"proxy_locatoin": "HeadOnly"}, "proxy_locatoin"),
+        ({"http_options": {"prot": 9000}}, "http_options.prot"),
+        ({"applications": [{"import_path": IMPORT_PATH, "arg": {}}]}, "applications.arg"),
+    ],
+)
+def test_load_config_refuses_a_key_that_serve_would_ignore(
+    config_file: Path, change: dict[str, object], named: str
+) -> None:
+    config_file.write_text(yaml.safe_dump({"applications": [{"import_path": IMPORT_PATH}], **change}))
+
+    assert refusal(config_file) == f"{config_file}: unknown key {named}"
+
+
+def test_token_file_is_a_start_s_own_and_private(tmp_path: Path) -> None:
+    first, second = server._token_file(tmp_path), server._token_file(tmp_path)
+
+    assert first != second
+    assert first.read_text() != second.read_text()
+    assert first.stat().st_mode & 0o777 == 0o600
