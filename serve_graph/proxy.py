@@ -94,7 +94,7 @@ class ProblemAnswers:
 
 def _is_foreign_error(start: Message) -> bool:
     """Whether an `http.response.start` begins an error answer that the application didn't make."""
-    media_type = Headers(raw=list(map(tuple, start.get("headers", ())))).get("content-type", "").split(";")[0]
+    media_type = Headers(raw=list(start.get("headers", ()))).get("content-type", "").split(";")[0]
     return start["status"] >= 400 and media_type.strip().lower() not in OUR_ERROR_TYPES
 
 

@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from schemas.errors import ModelNotReady, WanError
 from serve_graph.logs import configure_logging, log_event
@@ -27,6 +28,9 @@ from serve_graph.proxy import CALLBACK
 from serve_graph.settings import ConfigError, Settings, read_settings
 from serve_graph.stores import prepare_store
 from storage.s3_probe import UnfitStore
+
+if TYPE_CHECKING:
+    from ray.serve.schema import ServeDeploySchema
 
 IMPORT_PATH = "serve_graph.app:build_app"
 LOOPBACK = frozenset({"127.0.0.1", "localhost"})
@@ -70,7 +74,6 @@ def load_config(path: Path, host: str | None = None, port: int | None = None) ->
     if len(ours) != 1:
         raise ConfigError(f"{path} must list one application with import_path: {IMPORT_PATH}")
     raw["http_options"] = http = _http_options(path, raw, host, port)
-    _refuse_unknown_keys(path, raw, ours[0])
     if http["host"] not in LOOPBACK:
         raise ConfigError(
             f"http_options.host is {http['host']}: without API keys the service answers on loopback only (127.0.0.1)"
@@ -78,20 +81,6 @@ def load_config(path: Path, host: str | None = None, port: int | None = None) ->
     settings = read_settings(ours[0].get("args") or {}, public_url=f"http://{http['host']}:{http['port']}")
     ours[0]["args"] = settings.model_dump(mode="json")
     return ServeConfig(raw, ours[0].get("name", "default"), http["host"], http["port"], settings)
-
-
-def _refuse_unknown_keys(path: Path, raw: dict[str, Any], application: dict[str, Any]) -> None:
-    """Serve's own schema ignores a key that it doesn't know, and with it what the key was to say."""
-    from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
-
-    for part, where, known in (
-        (raw, "", ServeDeploySchema),
-        (raw["http_options"], "http_options.", HTTPOptionsSchema),
-        (application, "applications.", ServeApplicationSchema),
-    ):
-        for key in part:
-            if key not in known.model_fields:
-                raise ConfigError(f"{path}: unknown key {where}{key}")
 
 
 def _http_options(path: Path, raw: dict[str, Any], host: str | None, port: int | None) -> dict[str, Any]:
@@ -114,23 +103,49 @@ def serve_forever(config: ServeConfig) -> None:
     _check_store(config.settings)
     stopping = threading.Event()
     began = time.monotonic()
-    # twice: Ray puts a handler of its own over ours, which prints a stack
-    with _signals(stopping), _ray(config.settings), _signals(stopping):
-        log_event("starting", profile=config.settings.model.profile, storage=config.settings.storage.kind)
-        try:
-            _deploy(config, stopping)
-            if not stopping.is_set():
-                base = config.settings.public_url
-                print(
-                    f"ready in {time.monotonic() - began:.1f} s: {base}  docs {base}/docs  "
-                    f"health {base}/health  metrics {base}/metrics",
-                    flush=True,
-                )
-                stopping.wait()
-        finally:
-            log_event("stopping")
-            _stop(config)
+    with _ray_environment(config.settings):
+        schema = check_schema(config.serve)
+        # twice: Ray puts a handler of its own over ours, which prints a stack
+        with _signals(stopping), _ray(), _signals(stopping):
+            log_event("starting", profile=config.settings.model.profile, storage=config.settings.storage.kind)
+            try:
+                _deploy(schema, config.app_name, stopping)
+                if not stopping.is_set():
+                    base = config.settings.public_url
+                    print(
+                        f"ready in {time.monotonic() - began:.1f} s: {base}  docs {base}/docs  "
+                        f"health {base}/health  metrics {base}/metrics",
+                        flush=True,
+                    )
+                    stopping.wait()
+            finally:
+                log_event("stopping")
+                _stop(config)
     log_event("stopped")
+
+
+def check_schema(raw: dict[str, Any]) -> "ServeDeploySchema":
+    """The file as Serve reads it. Raises ConfigError, also for a key that Serve would ignore.
+
+    It imports Ray, which reads its environment then: `_ray_environment` comes first.
+    """
+    from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
+
+    parts: list[tuple[str, dict[str, Any], type[BaseModel]]] = [
+        ("", raw, ServeDeploySchema),
+        ("http_options.", raw["http_options"], HTTPOptionsSchema),
+        *(("applications.", application, ServeApplicationSchema) for application in raw["applications"]),
+    ]
+    for where, part, known in parts:
+        for key in part:
+            if key not in known.model_fields:
+                raise ConfigError(f"unknown key {where}{key} in the config file")
+    try:
+        return ServeDeploySchema.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{name} in the config file: {first['msg']}") from error
 
 
 def _check_model(settings: Settings) -> None:
@@ -185,8 +200,8 @@ def _signals(stopping: threading.Event) -> Iterator[None]:
 
 
 @contextmanager
-def _ray(settings: Settings) -> Iterator[None]:
-    """A Ray of our own on loopback, with token authentication and no usage statistics."""
+def _ray_environment(settings: Settings) -> Iterator[None]:
+    """What pins Ray to loopback, with token authentication and no usage statistics; Ray reads it when imported."""
     token = _token_file(settings.data_dir)
     os.environ.update(
         RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # everything on 127.0.0.1, whatever the machine's address
@@ -198,6 +213,15 @@ def _ray(settings: Settings) -> Iterator[None]:
         RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD="0",
         RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP="0",
     )
+    try:
+        yield
+    finally:
+        token.unlink(missing_ok=True)
+
+
+@contextmanager
+def _ray() -> Iterator[None]:
+    """A Ray of our own."""
     import ray
     from ray._private.ray_logging import global_worker_stdstream_dispatcher as worker_output
 
@@ -214,7 +238,6 @@ def _ray(settings: Settings) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-        token.unlink(missing_ok=True)
 
 
 def _token_file(data_dir: Path) -> Path:
@@ -234,20 +257,13 @@ def _forward_log_lines(batch: dict[str, Any]) -> None:
             print(line, file=sys.stderr, flush=True)
 
 
-def _deploy(config: ServeConfig, stopping: threading.Event) -> None:
+def _deploy(schema: "ServeDeploySchema", app_name: str, stopping: threading.Event) -> None:
     """Hand the file to Serve and wait until its application runs. Raises StartFailed with its report."""
-    from pydantic import ValidationError
     from ray import serve
     from ray.serve._private.api import serve_start
     from ray.serve.config import ProxyLocation
-    from ray.serve.schema import ApplicationStatus, ServeDeploySchema
+    from ray.serve.schema import ApplicationStatus
 
-    try:
-        schema = ServeDeploySchema.model_validate(config.serve)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"the config file's {name}: {first['msg']}") from error
     client = serve_start(
         http_options=schema.http_options.model_dump(),
         proxy_location=ProxyLocation(schema.proxy_location),
@@ -257,7 +273,7 @@ def _deploy(config: ServeConfig, stopping: threading.Event) -> None:
     client.deploy_apps(schema)
     deadline = time.monotonic() + START_TIMEOUT_S
     while not stopping.wait(_POLL_S):
-        app = serve.status().applications.get(config.app_name)
+        app = serve.status().applications.get(app_name)
         if app is not None and app.status == ApplicationStatus.RUNNING:
             return
         failed = app is not None and app.status in {

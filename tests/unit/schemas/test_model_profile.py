@@ -102,6 +102,18 @@ def test_resolve_names_the_nearest_durations(duration: float, nearest: tuple[flo
     assert errors["duration"].nearest == nearest
 
 
+@pytest.mark.parametrize("duration", [10, 4.9])
+def test_resolve_says_that_a_duration_is_not_a_legal_length(duration: float) -> None:
+    message = refused(duration=duration)["duration"].message
+
+    assert message.startswith(f"{duration:g} s at 16 fps is not a legal length; legal: ")
+
+
+@pytest.mark.parametrize("duration", [5, 10, 4.9])
+def test_resolve_does_not_judge_a_duration_by_a_refused_fps(duration: float) -> None:
+    assert set(refused(duration=duration, fps=17)) == {"fps"}
+
+
 def test_resolve_takes_the_durations_that_a_refusal_names() -> None:
     for duration in refused(duration=4.9, fps=24)["duration"].nearest or ():
         resolve(duration=duration, fps=24)

@@ -182,12 +182,15 @@ def test_command_tells_its_failure_in_one_line(tmp_path: Path, config: str, exit
         ({"applications": [{"import_path": IMPORT_PATH, "arg": {}}]}, "applications.arg"),
     ],
 )
-def test_load_config_refuses_a_key_that_serve_would_ignore(
+def test_check_schema_refuses_a_key_that_serve_would_ignore(
     config_file: Path, change: dict[str, object], named: str
 ) -> None:
     config_file.write_text(yaml.safe_dump({"applications": [{"import_path": IMPORT_PATH}], **change}))
 
-    assert refusal(config_file) == f"{config_file}: unknown key {named}"
+    config = load_config(config_file)
+
+    with pytest.raises(ConfigError, match=f"unknown key {named} in"):
+        server.check_schema(config.serve)
 
 
 def test_token_file_is_a_start_s_own_and_private(tmp_path: Path) -> None:

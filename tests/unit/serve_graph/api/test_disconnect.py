@@ -95,7 +95,7 @@ async def test_a_client_that_goes_away_in_the_middle_of_its_body_makes_no_job(ap
         pass
 
     line = await api.log.wait_for("request")
-    assert line["status"] == 499
+    assert (line["status"], line["route"]) == (499, "/generate")
     assert line.get("error") is None
     assert api.jobs.job_records() == []
     assert api.log.of("request_failed") == []

@@ -9,9 +9,11 @@ from api_under_test import Api
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from schemas.errors import PROBLEM_MEDIA_TYPE
-from schemas.official_profiles import WAN_TINY
+from schemas.model_profile import ModelProfile
+from schemas.official_profiles import PROFILES
 from schemas.requests import GenerateRequest
-from serve_graph.api.routes import EXAMPLES
+from serve_graph.api.app import create_api
+from serve_graph.api.routes import Service
 
 ASSET = re.compile(r"""(?:src|href|Url|url)\s*[=:]\s*["']([^"']+)["']""")
 
@@ -74,14 +76,20 @@ def test_openapi_problem_is_defined(document: dict[str, Any]) -> None:
     ].keys()
 
 
-def test_openapi_examples_are_accepted_by_the_models(document: dict[str, Any]) -> None:
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=lambda profile: profile.name)
+def test_openapi_examples_are_accepted_by_the_profile_they_are_shown_for(api: Api, profile: ModelProfile) -> None:
+    async def no_metrics() -> bytes:
+        return b""
+
+    service = Service(api.jobs.service, api.monitor, no_metrics)
+    document = create_api(service, profile=profile, metrics=api.jobs.metrics, max_body_bytes=1_000).openapi()
     body = document["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]
     shown = [example["value"] for example in body["examples"].values()]
     shown += document["components"]["schemas"]["GenerateRequest"]["examples"]
 
-    assert len(shown) >= len(EXAMPLES)
+    assert len(body["examples"]) == 3
     for example in shown:
-        WAN_TINY.resolve(GenerateRequest.model_validate(example))
+        profile.resolve(GenerateRequest.model_validate(example))
 
 
 async def test_openapi_document_is_served(api: Api, document: dict[str, Any]) -> None:

@@ -99,6 +99,27 @@ async def test_a_large_body_is_logged_under_its_problem(api: Api) -> None:
     assert (line["status"], line["error"]) == (413, "body-too-large")
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "route"),
+    [
+        ("POST", "/generate", "/generate"),
+        ("POST", "/jobs/job_" + "0" * 32, "/jobs/{job_id}"),  # the method is none of its own
+        ("HEAD", "/outputs/clip_" + "0" * 32, "/outputs/{clip_id}"),
+        ("GET", "/outputs/clip_" + "0" * 32 + "/x.mp4", "/outputs/{clip_id}/{name}"),
+        ("GET", "/openapi.json", "/openapi.json"),
+        ("GET", "/docs", "/docs"),
+        ("POST", "/nothing", "unmatched"),
+    ],
+)
+async def test_a_large_body_is_logged_and_counted_under_its_route(api: Api, method: str, path: str, route: str) -> None:
+    answer = await api.http.request(method, path, content=b" " * 70_000)
+
+    assert answer.status_code == 413
+    (line,) = api.log.of("request")
+    assert line["route"] == route
+    assert await sample(api, "wan_http_requests_total", route=route, method=method, status="413") == 1
+
+
 async def test_logs_never_hold_a_prompt_or_a_signature(api: Api, capfd: pytest.CaptureFixture[str]) -> None:
     body = {"prompt": PROMPT, "negative_prompt": NEGATIVE}
     clip = Clip.model_validate_json((await api.http.post("/generate", json=body)).content)
