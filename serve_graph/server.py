@@ -3,6 +3,7 @@
 Ray is imported only after the environment that pins it is set.
 """
 
+import asyncio
 import errno
 import logging
 import os
@@ -298,9 +299,13 @@ def _stop(config: ServeConfig) -> None:
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
+    async def drain() -> None:
+        async with asyncio.timeout(limit_s):
+            await serve.get_app_handle(config.app_name).drain.remote()
+
     limit_s = config.settings.queue.drain_timeout_s + _STOP_MARGIN_S
     try:
-        serve.get_app_handle(config.app_name).drain.remote().result(timeout_s=limit_s)
+        asyncio.run(drain())
     except (RayError, RayServeException, TimeoutError):
         log_event("not_drained", level=logging.WARNING)
     serve.delete(config.app_name)  # lets requests end; the caller's ray.shutdown() ends the rest
