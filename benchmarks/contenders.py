@@ -23,6 +23,7 @@ from benchmarks.workload import Block, closed_loop, request
 from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask, TextItem
 from schemas.jobs import RenderedClip, clip_id_of, new_job_id
 from schemas.requests import GenerationParameters
+from serve_graph.encode import X264_PARAMS
 from serve_graph.engine.checkpoint import load_generator_parts, load_text_parts
 from serve_graph.engine.checkpoint_folder import locate_checkpoint
 from serve_graph.engine.job import EngineEvent, EngineJob, Failed, Finished
@@ -88,7 +89,7 @@ class Stock:
     def _write(self, frames: Frames, parameters: GenerationParameters, path: Path) -> None:
         """The codec settings of `serve_graph.encode`, in the fewest calls that PyAV needs for them."""
         encode = self._settings.encode
-        options = {"crf": str(encode.crf), "preset": encode.preset}
+        options = {"crf": str(encode.crf), "preset": encode.preset, "x264-params": X264_PARAMS}
         with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
             stream = container.add_stream("libx264", rate=parameters.fps, options=options)
             stream.width, stream.height, stream.pix_fmt = parameters.width, parameters.height, "yuv420p"

@@ -13,6 +13,10 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from schemas.errors import RenderFailed
 from serve_graph.settings import EncodeSettings
 
+X264_PARAMS = "mbtree=0"
+"""x264's macroblock tree gives other bytes for the same frames now and then, with one thread too. Measured: 14 of 200
+encodes of one clip at 64x64, 11 of 16 at 832x480; without it none of 700 and none of 24."""
+
 
 class Mp4Writer:
     """Writes one clip. Use as a context manager; without `close()` reached, the file is not a clip.
@@ -36,7 +40,9 @@ class Mp4Writer:
         self._container = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
         self._container.metadata["comment"] = json.dumps(metadata, sort_keys=True)
         stream = self._container.add_stream(
-            "libx264", rate=fps, options={"crf": str(settings.crf), "preset": settings.preset}
+            "libx264",
+            rate=fps,
+            options={"crf": str(settings.crf), "preset": settings.preset, "x264-params": X264_PARAMS},
         )
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
