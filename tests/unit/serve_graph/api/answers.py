@@ -10,7 +10,6 @@ INSIDE = (
     "Traceback",
     'File "',
     "site-packages",
-    "/work/",
     "/tmp",  # noqa: S108  # looked for, not used
     "/root",
     ".py",
