@@ -88,7 +88,7 @@ def _main(kind: Kind, settings: Settings, log: Path, connection: Connection) -> 
 
         contender = Stock(settings) if kind == "stock" else BareEngine(settings)
         connection.send((True, None))
-    except Exception:
+    except Exception:  # told to the parent process, which raises it
         connection.send((False, traceback.format_exc()))
         return
     _serve(contender, connection)
@@ -107,5 +107,5 @@ def _serve(contender: object, connection: Connection) -> None:
 def _answer(contender: object, method: str, args: tuple[object, ...]) -> tuple[bool, object]:
     try:
         return True, getattr(contender, method)(*args)
-    except Exception:
+    except Exception:  # told to the parent process, which raises it
         return False, traceback.format_exc()

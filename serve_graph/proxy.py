@@ -84,7 +84,7 @@ class ProblemAnswers:
 
         try:
             await self._app(scope, receive, pass_or_replace)
-        except Exception:
+        except Exception:  # whatever Serve raises, the client gets a problem and not its text
             if not started:
                 await answer(500)
             raise  # for the server's log
