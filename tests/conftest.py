@@ -69,14 +69,17 @@ def text_parts(tiny_folder: Path) -> "TextParts":
 
 
 @pytest.fixture(scope="session")
-def stock_pipeline(generator_parts: "GeneratorParts", text_parts: "TextParts") -> "WanPipeline":
-    """diffusers' own pipeline on the very same modules. Its scheduler is the caller's to set before each call."""
-    from diffusers import WanPipeline
+def stock_pipeline(tiny_folder: Path, generator_parts: "GeneratorParts", text_parts: "TextParts") -> "WanPipeline":
+    """diffusers' own pipeline: a VAE that is as diffusers loads it, and else the very same modules.
+
+    Its scheduler is the caller's to set before each call.
+    """
+    from diffusers import AutoencoderKLWan, WanPipeline
 
     pipeline = WanPipeline(
         tokenizer=text_parts.tokenizer,
         text_encoder=text_parts.text_encoder,
-        vae=generator_parts.vae,
+        vae=AutoencoderKLWan.from_pretrained(tiny_folder / "vae", disable_mmap=True).eval(),
         scheduler=generator_parts.scheduler,
         transformer=generator_parts.transformer,
     )

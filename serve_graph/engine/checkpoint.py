@@ -11,6 +11,7 @@ from diffusers import AutoencoderKLWan, SchedulerMixin, WanTransformer3DModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from schemas.errors import ModelNotReady
+from serve_graph.engine.channel_norm import quicken_norms
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -40,6 +41,8 @@ def load_generator_parts(folder: Path, device: torch.device, dtype: str, vae_dty
         folder / "transformer", torch_dtype=DTYPES[dtype], **_mapping(device)
     )
     vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=DTYPES[vae_dtype], **_mapping(device))
+    if device.type == "cpu":
+        quicken_norms(vae)
     return GeneratorParts(
         transformer=transformer.to(device).eval().requires_grad_(False),
         vae=vae.to(device).eval().requires_grad_(False),

@@ -1,4 +1,4 @@
-"""The engine against diffusers' own `WanPipeline.__call__`, on the same modules, in float32.
+"""The engine against diffusers' own `WanPipeline.__call__`, on the same weights, in float32.
 
 Distances between latents are relative: the largest difference over the stock output's standard deviation. A bound
 means something only where a wrong render breaks it, so each comparison also makes three wrong renders (guidance off
