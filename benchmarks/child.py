@@ -13,9 +13,6 @@ from typing import Any, Literal
 
 from serve_graph.settings import Settings
 
-NICENESS = 15
-"""Ray's for its workers: whatever else runs on the machine, it takes from all contenders alike."""
-
 _STOP_TIMEOUT_S = 3.0
 
 Kind = Literal["stock", "engine"]
@@ -79,7 +76,6 @@ def _sigint_ignored() -> Iterator[None]:
 
 def _main(kind: Kind, settings: Settings, log: Path, connection: Connection) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())  # lets libraries give back their semaphores
-    os.nice(NICENESS - os.nice(0))
     with log.open("wb") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())

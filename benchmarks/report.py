@@ -173,7 +173,7 @@ one machine. Contenders take turns; a ratio is the median of pairs measured side
   {asked.engine.num_threads}. x264: crf {asked.encode.crf}, {asked.encode.preset}, {asked.encode.num_threads} thread.
 - The same clips: the frames of stock and engine differ by {same.mean_abs_difference:.2g} levels of 255 in the mean
   (two different clips: {same.other_clip:.2g}); the service's MP4 {has} the SHA-256 of the engine's.
-- All contenders run at the niceness that Ray gives its workers.
+- The other contenders run at the niceness of the service's generator.
 """
     timed = "## What is timed\n\n" + "".join(f"- {who}: {what}\n" for who, what in TIMED.items())
     return "\n".join([head, timed, *(table.markdown() for table in tables(report))])

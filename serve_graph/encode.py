@@ -65,6 +65,7 @@ class Mp4Writer:
                 format="yuv420p",
                 dst_colorspace=Colorspace.ITU709,
                 dst_color_range=ColorRange.MPEG,
+                threads=1,  # the model needs the other cores
             )
             frame.pts = self.num_frames
             self._container.mux(self._stream.encode(frame))

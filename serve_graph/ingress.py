@@ -16,6 +16,7 @@ from serve_graph.health import HealthMonitor
 from serve_graph.jobs import JobService, QueueLimits
 from serve_graph.logs import configure_logging
 from serve_graph.metrics import IngressMetrics, merge, new_registry, snapshot
+from serve_graph.niceness import step_back
 from serve_graph.ray_worker import RayWorker
 from serve_graph.settings import Settings
 from serve_graph.stores import open_signed_store
@@ -31,6 +32,7 @@ class Ingress:
     def __init__(
         self, settings: Settings, preprocessor: DeploymentHandle[Any], generator: DeploymentHandle[Any]
     ) -> None:
+        step_back()
         context = serve.get_replica_context()
         self._deployment, self._replica = context.deployment, context.replica_id.unique_id
         configure_logging(level=settings.log_level, deployment=self._deployment, replica=self._replica)

@@ -38,7 +38,7 @@ from schemas.model_profile import ModelProfile
 from schemas.requests import GenerateRequest, GenerationParameters, url_ttl
 from serve_graph.logs import log_failure, log_job
 from serve_graph.metrics import IngressMetrics
-from serve_graph.prompts import clean_prompt, prompt_hash
+from serve_graph.prompts import clean_prompt, prompt_hash, surely_fits
 from storage.job_records import JobRecords
 from storage.keys import clip_key
 from storage.store import PreconditionFailed, PresignedUrl, Presigner
@@ -126,15 +126,17 @@ class JobService:
         """
         self._refuse_if_draining()
         parameters = self._profile.resolve(request)
-        if not clean_prompt(parameters.prompt):
+        cleaned = clean_prompt(parameters.prompt)
+        if not cleaned:
             raise InvalidRequest([FieldError(field="prompt", message="is blank once it is cleaned as Wan does")])
         self._admit()
-        self._checking += 1
-        try:
-            await self._worker.check(parameters)
-        finally:
-            self._checking -= 1
-        self._refuse_if_draining()
+        if not self._surely_fits(cleaned, parameters):
+            self._checking += 1
+            try:
+                await self._worker.check(parameters)
+            finally:
+                self._checking -= 1
+            self._refuse_if_draining()
         record = JobRecord(
             job_id=new_job_id(),
             request_id=request_id,
@@ -228,6 +230,16 @@ class JobService:
         if waiting >= self._limits.max_waiting_jobs:
             seconds = (self._mean_job_s or 1.0) * waiting / self._limits.max_dispatched_jobs
             raise QueueFull(self._limits.max_waiting_jobs, min(MAX_RETRY_AFTER_S, max(1, round(seconds))))
+
+    def _surely_fits(self, cleaned: str, parameters: GenerationParameters) -> bool:
+        """Whether no text can be too long, so that the preprocessor need not be asked first."""
+        limit = self._profile.max_sequence_length
+        negative = parameters.negative_prompt
+        return surely_fits(cleaned, limit) and (
+            not parameters.does_guidance
+            or negative == self._profile.defaults.negative_prompt
+            or surely_fits(clean_prompt(negative), limit)
+        )
 
     async def _create(self, record: JobRecord) -> None:
         """Write a new record and start its job."""

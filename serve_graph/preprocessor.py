@@ -16,6 +16,7 @@ from schemas.handoff import PreparedPrompt, TextEmbedding, TextItem
 from schemas.requests import GenerationParameters
 from serve_graph.logs import configure_logging, log_event
 from serve_graph.metrics import PreprocessorMetrics, new_registry, snapshot
+from serve_graph.niceness import step_back
 from serve_graph.settings import Settings
 
 BATCH_WAIT_S = 0.0
@@ -35,6 +36,7 @@ class Preprocessor:
         from serve_graph.engine.checkpoint_folder import locate_checkpoint
         from serve_graph.text_encoding import TextEncoder
 
+        step_back()
         context = serve.get_replica_context()
         self._replica = context.replica_id.unique_id
         self._deployment = context.deployment
@@ -44,11 +46,12 @@ class Preprocessor:
         device = checkpoint.pick_device(model.text_device, "model.text_device")
         found = locate_checkpoint(profile, model.path, model.revision, settings.models_dir)
         self._registry = new_registry()
+        self._metrics = PreprocessorMetrics(self._registry)
         self._encoder = TextEncoder(
             checkpoint.load_text_parts(found.folder, device, checkpoint.resolve_dtype(model.text_dtype, device)),
             profile.max_sequence_length,
             settings.text.cache_bytes,
-            PreprocessorMetrics(self._registry),
+            self._metrics,
         )
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wan-text")
         self._hang_timeout_s = settings.engine.hang_timeout_s
@@ -60,16 +63,21 @@ class Preprocessor:
 
     async def check(self, parameters: GenerationParameters) -> None:
         """Raises PromptTooLong for the text that is."""
-        self._encoder.count_tokens("prompt", parameters.prompt)
-        if parameters.does_guidance:
-            self._encoder.count_tokens("negative_prompt", parameters.negative_prompt)
+        self._check(parameters)
 
     async def prepare(self, parameters: GenerationParameters) -> PreparedPrompt:
-        """Encode the prompt and, with guidance, the negative prompt."""
+        """Encode the prompt and, with guidance, the negative prompt. Raises PromptTooLong."""
+        self._metrics.prompt_tokenized(self._check(parameters))
         texts = [parameters.prompt] + ([parameters.negative_prompt] if parameters.does_guidance else [])
         items = [TextItem(text, parameters.reproducible) for text in texts]
         positive, *negative = await asyncio.gather(*(self._encode_batch(item) for item in items))
         return PreparedPrompt(positive=positive, negative=negative[0] if negative else None)
+
+    def _check(self, parameters: GenerationParameters) -> int:
+        """The prompt's tokens."""
+        if parameters.does_guidance:
+            self._encoder.count_tokens("negative_prompt", parameters.negative_prompt)
+        return self._encoder.count_tokens("prompt", parameters.prompt)
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=BATCH_WAIT_S)
     async def _encode_batch(self, items: list[TextItem]) -> list[TextEmbedding]:

@@ -27,6 +27,15 @@ def clean_prompt(text: str) -> str:
     return _WHITESPACE.sub(" ", unescaped).strip()
 
 
+def surely_fits(cleaned: str, max_tokens: int) -> bool:
+    """Whether a cleaned text is within a limit of tokens without being tokenised.
+
+    A SentencePiece token stands for at least one character, besides the mark of the text's beginning and the end
+    token. Only for ASCII, since normalisation makes one character of another script many. False says nothing.
+    """
+    return cleaned.isascii() and len(cleaned) + 2 <= max_tokens
+
+
 def prompt_hash(secret: bytes, prompt: str) -> str:
     """A keyed hash of the cleaned prompt: 16 hex digits of HMAC-SHA256.
 

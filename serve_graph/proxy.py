@@ -23,6 +23,7 @@ from schemas.errors import (
 )
 from serve_graph.api.problems import problem_response
 from serve_graph.api.request_id import REQUEST_ID_HEADER, request_id_of
+from serve_graph.niceness import step_back
 
 CALLBACK = "serve_graph.proxy:proxy_middlewares"
 
@@ -122,4 +123,5 @@ def proxy_problem(status: int, request_id: str) -> Problem:
 
 def proxy_middlewares() -> list[Middleware]:
     """Serve calls this once per proxy; the last one is the outermost."""
+    step_back()
     return [Middleware(ProblemAnswers), Middleware(ValidRequestId)]

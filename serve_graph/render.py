@@ -30,7 +30,7 @@ from serve_graph.settings import EncodeSettings
 from storage.os_errors import store_errors
 from storage.store import ObjectStat, ObjectStore, StoreError
 
-PROGRESS_INTERVAL_S = 0.1
+PROGRESS_INTERVAL_S = 0.25
 """Between two progress events of one job: no person sees more, and each costs a message between processes."""
 
 ENCODE_BATCH_BYTES = 4 * 2**20

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ValidationError
 
 from schemas.errors import ModelNotReady, WanError
 from serve_graph.logs import configure_logging, log_event
+from serve_graph.niceness import RAY_WORKER_NICENESS
 from serve_graph.proxy import CALLBACK
 from serve_graph.settings import ConfigError, Settings, read_settings
 from serve_graph.stores import prepare_store
@@ -210,6 +211,7 @@ def _ray_environment(settings: Settings) -> Iterator[None]:
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN_PATH=str(token),
         RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=CALLBACK,
+        RAY_worker_niceness=str(RAY_WORKER_NICENESS),  # added to this process's own
         # Our replicas never block their event loop, so they need no second one; two threads fewer fight for the GIL.
         RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD="0",
         RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP="0",

@@ -107,7 +107,7 @@ class EncodeSettings(_Section):
     """The MP4 encoder (x264)."""
 
     crf: int = Field(default=18, ge=0, le=51, description="Constant rate factor; lower is better and larger.")
-    preset: Preset = Field(default="fast", description="x264's preset.")
+    preset: Preset = Field(default="veryfast", description="x264's preset.")
     num_threads: int = Field(default=1, ge=1, description="x264's threads; 1 gives the same bytes everywhere.")
 
 

@@ -68,7 +68,6 @@ class TextEncoder:
     def count_tokens(self, field: str, text: str) -> int:
         """Tokens of the cleaned text, the end token included. Raises PromptTooLong; nothing is ever cut."""
         num_tokens = len(self._tokenize(text))
-        self._metrics.prompt_tokenized(num_tokens)
         if num_tokens > self._max_sequence_length:
             raise PromptTooLong(field, num_tokens, self._max_sequence_length)
         return num_tokens

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderMode
 
 from schemas.errors import ModelNotReady
 from serve_graph.engine.channel_norm import quicken_norms
+from serve_graph.engine.malloc import keep_freed_memory
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -43,6 +44,7 @@ def load_generator_parts(folder: Path, device: torch.device, dtype: str, vae_dty
     vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=DTYPES[vae_dtype], **_mapping(device))
     if device.type == "cpu":
         quicken_norms(vae)
+        keep_freed_memory()
     return GeneratorParts(
         transformer=transformer.to(device).eval().requires_grad_(False),
         vae=vae.to(device).eval().requires_grad_(False),

@@ -142,7 +142,7 @@ def test_respond_async_answers_the_job_and_reports_its_progress(service: Running
     assert fetch(seen[-1].clip.output_url).status_code == 200
     steps = [job.progress.step for job in seen if job.progress is not None and job.progress.stage == "denoise"]
     assert steps == sorted(steps)
-    assert len(set(steps)) > 2
+    assert len(set(steps)) > 1  # how many depends on how fast the machine is
     assert any(job.progress is not None and job.progress.seconds_left is not None for job in seen)
 
 

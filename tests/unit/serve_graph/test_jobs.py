@@ -32,6 +32,7 @@ from schemas.errors import (
     WorkerLost,
 )
 from schemas.jobs import JobState, clip_id_of
+from schemas.official_profiles import WAN_TINY
 from schemas.requests import GenerateRequest
 from serve_graph.jobs import MAX_RETRY_AFTER_S
 from serve_graph.logs import LOGGER_NAME, configure_logging
@@ -39,6 +40,8 @@ from storage.store import ObjectNotFound
 
 PROMPT = "a secret otter in a red boat"
 REQUEST = GenerateRequest(prompt=PROMPT, seed=7)
+CHECKED = REQUEST.model_copy(update={"prompt": "ein Käuzchen"})
+"""Not ASCII: its tokens are counted before there is a job."""
 BEFORE_THE_END = [JobState.QUEUED, JobState.PREPARING, JobState.RUNNING]
 
 marker: ContextVar[str] = ContextVar("marker", default="empty")
@@ -245,7 +248,7 @@ async def test_submit_makes_no_job_of_a_prompt_that_is_too_long(jobs: Jobs) -> N
     jobs.worker.failures["check"] = PromptTooLong("prompt", 600, 128)
 
     with pytest.raises(PromptTooLong):
-        await jobs.service.submit(REQUEST, "request-1")
+        await jobs.service.submit(CHECKED, "request-1")
     assert jobs.job_records() == []
     assert_nothing_is_left(jobs)
 
@@ -310,12 +313,38 @@ async def test_submit_admits_exactly_the_bound_when_fifty_come_at_once(tmp_path:
         assert_nothing_is_left(jobs)
 
 
+@pytest.mark.parametrize(
+    ("changes", "is_asked"),
+    [
+        ({}, False),
+        ({"prompt": "x" * (WAN_TINY.max_sequence_length - 2)}, False),
+        ({"prompt": "x" * (WAN_TINY.max_sequence_length - 1)}, True),
+        ({"prompt": "ein Käuzchen"}, True),
+        ({"prompt": "caf&eacute;"}, True),
+        ({"negative_prompt": "blurred"}, False),
+        ({"negative_prompt": "unscharf, häßlich"}, True),
+        ({"negative_prompt": "unscharf, häßlich", "guidance_scale": 1}, False),
+    ],
+)
+async def test_submit_asks_for_a_count_only_where_a_text_could_be_too_long(
+    jobs: Jobs, changes: dict[str, Any], is_asked: bool
+) -> None:
+    jobs.worker.failures["check"] = PromptTooLong("prompt", 600, 128)
+    request = REQUEST.model_copy(update=changes)
+
+    if is_asked:
+        with pytest.raises(PromptTooLong):
+            await jobs.service.submit(request, "request-1")
+    else:
+        await jobs.service.wait((await jobs.service.submit(request, "request-1")).job_id)
+
+
 async def test_submit_frees_its_place_when_the_check_fails(tmp_path: Path) -> None:
     with open_jobs(tmp_path / "store", max_waiting_jobs=1) as jobs:
         jobs.worker.failures["check"] = PromptTooLong("prompt", 600, 128)
         for _ in range(3):
             with pytest.raises(PromptTooLong):
-                await jobs.service.submit(REQUEST, "request-1")
+                await jobs.service.submit(CHECKED, "request-1")
         del jobs.worker.failures["check"]
 
         await jobs.service.wait((await jobs.service.submit(REQUEST, "request-2")).job_id)
@@ -617,7 +646,7 @@ async def test_a_job_runs_in_a_context_of_its_own(jobs: Jobs, monkeypatch: pytes
 async def test_submit_cancelled_while_it_checks_makes_no_job(jobs: Jobs) -> None:
     gate = jobs.worker.gates["check"]
     gate.close()
-    submitting = asyncio.create_task(jobs.service.submit(REQUEST, "request-1"))
+    submitting = asyncio.create_task(jobs.service.submit(CHECKED, "request-1"))
     await gate.reached()
     submitting.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -694,7 +723,7 @@ async def test_drain_lets_a_terminal_write_end(jobs: Jobs) -> None:
 @pytest.mark.parametrize("stage", ["check", "create"])
 async def test_drain_leaves_no_job_behind_that_was_being_submitted(jobs: Jobs, stage: str) -> None:
     release = _hold_submission(jobs, stage)
-    submitting = asyncio.create_task(jobs.service.submit(REQUEST, "request-1"))
+    submitting = asyncio.create_task(jobs.service.submit(CHECKED, "request-1"))
     if stage == "check":
         await jobs.worker.gates["check"].reached()
     else:

@@ -354,7 +354,7 @@ async def test_generate_is_refused_while_the_model_is_not_ready(api: Api) -> Non
 async def test_generate_is_refused_with_both_numbers_when_the_prompt_has_too_many_tokens(api: Api) -> None:
     api.jobs.worker.failures["check"] = PromptTooLong("prompt", 600, 128)
 
-    problem = problem_of(await send(api, '{"prompt": "a"}'), 422, "prompt-too-long")
+    problem = problem_of(await send(api, '{"prompt": "ä"}'), 422, "prompt-too-long")
     assert "600" in problem.detail
     assert "128" in problem.detail
     assert problem.errors is not None
