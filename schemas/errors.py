@@ -3,6 +3,8 @@
     WanError
     ├── InvalidRequest          422  invalid-request      a field is missing, malformed or not legal
     ├── PromptTooLong           422  prompt-too-long      more tokens than the text encoder takes
+    ├── Unauthorized            401  unauthorized         no API key, or an unknown one; WWW-Authenticate
+    ├── Forbidden               403  forbidden            the API key's role doesn't allow this
     ├── RouteNotFound           404  route-not-found
     ├── MethodNotAllowed        405  method-not-allowed
     ├── ClipNotFound            404  clip-not-found
@@ -12,6 +14,8 @@
     ├── UrlExpired              403  url-expired
     ├── RangeNotSatisfiable     416  range-not-satisfiable
     ├── QueueFull               429  queue-full           Retry-After
+    ├── QuotaExceeded           429  quota-exceeded       as many jobs of this API key wait as may; Retry-After
+    ├── RateLimited             429  rate-limited         this API key's requests per minute; Retry-After
     ├── JobCancelled            409  job-cancelled
     ├── Unavailable             503  unavailable
     │   ├── ModelNotReady       503  model-not-ready      Retry-After
@@ -149,6 +153,24 @@ class PromptTooLong(WanError):
         return (FieldError(field=field, message=f"{num_tokens} tokens", legal=f"at most {max_tokens} tokens"),)
 
 
+class Unauthorized(WanError):
+    name = "unauthorized"
+    title = "An API key is needed"
+    status = 401
+
+    def __init__(self, detail: str = "send an API key: Authorization: Bearer <key>") -> None:
+        super().__init__(detail)
+
+
+class Forbidden(WanError):
+    name = "forbidden"
+    title = "This API key may not do that"
+    status = 403
+
+    def __init__(self, detail: str = "this API key may read health, metrics and the models only") -> None:
+        super().__init__(detail)
+
+
 class RouteNotFound(WanError):
     name = "route-not-found"
     title = "No such route"
@@ -242,6 +264,44 @@ class QueueFull(WanError):
     @property
     def detail(self) -> str:
         return f"{self.args[0]} jobs are waiting already; try again in {self.args[1]} s"
+
+    @property
+    def retry_after_s(self) -> int:
+        return int(self.args[1])
+
+
+class QuotaExceeded(WanError):
+    """As many jobs of one API key wait as may."""
+
+    name = "quota-exceeded"
+    title = "Too many jobs of this API key are waiting"
+    status = 429
+
+    def __init__(self, max_waiting_jobs: int, retry_after_s: int) -> None:
+        Exception.__init__(self, max_waiting_jobs, retry_after_s)
+
+    @property
+    def retry_after_s(self) -> int:
+        return int(self.args[1])
+
+    @property
+    def detail(self) -> str:
+        return f"{self.args[0]} jobs of this API key are waiting already; try again in {self.args[1]} s"
+
+
+class RateLimited(WanError):
+    """More requests of one API key within a minute than it may send."""
+
+    name = "rate-limited"
+    title = "Too many requests of this API key"
+    status = 429
+
+    def __init__(self, requests_per_minute: int, retry_after_s: int) -> None:
+        Exception.__init__(self, requests_per_minute, retry_after_s)
+
+    @property
+    def detail(self) -> str:
+        return f"this API key may send {self.args[0]} requests per minute; try again in {self.args[1]} s"
 
     @property
     def retry_after_s(self) -> int:

@@ -19,6 +19,9 @@ from schemas.clips import Clip, Timings
 from schemas.errors import Problem
 from schemas.requests import GenerateRequest, GenerationParameters
 
+ANONYMOUS: Final = "anonymous"
+"""The owner of jobs made where no API key was asked for."""
+
 
 class JobState(StrEnum):
     """Where a job is in its life; drawn at the top of this file."""
@@ -64,6 +67,7 @@ class JobRecord(BaseModel):
     version: int = 1
     job_id: str
     request_id: str
+    principal: str = Field(default=ANONYMOUS, description="Who owns it: an API key's name.")
     state: JobState
     at: dict[JobState, datetime] = Field(description="When each state was entered (UTC).")
     attempt_token: str

@@ -5,10 +5,11 @@ Exit codes: 0 done, 1 the work failed, 2 wrong usage or configuration, 130 inter
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
+from serve_graph.api_keys import InvalidApiKeys, Role, new_key
 from serve_graph.settings import ConfigError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -55,6 +56,31 @@ def demo(
         _fail(str(error), 1)
 
 
+key = typer.Typer(no_args_is_help=True, help="API keys.")
+app.add_typer(key, name="key")
+
+
+@key.command()
+def new(
+    name: Annotated[str, typer.Argument(help="Whose key it is: a-z 0-9 . _ -")],
+    role: Annotated[Role, typer.Option(help="`monitor` reads health, metrics and the models only.")] = Role.GENERATE,
+    max_waiting_jobs: Annotated[int | None, typer.Option(min=1, help="Of this key; beyond it, 429.")] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Of this key; beyond it, 429.")] = None,
+) -> None:
+    """Make an API key: prints the key, then its line for WAN_API_KEYS, which holds a hash only."""
+    try:
+        made, line = new_key(name, role, max_waiting_jobs, requests_per_minute)
+    except InvalidApiKeys:
+        _fail("a name is 1 to 64 of a-z 0-9 . _ - and not 'anonymous'", 2)
+    print(made)
+    print(line)
+    print(
+        "The first line is the key: hand it to its owner now, it is kept nowhere (Authorization: Bearer KEY).\n"
+        "The second goes into the service's WAN_API_KEYS, beside those that are there.",
+        file=sys.stderr,
+    )
+
+
 def main() -> None:
     """The entry point."""
     try:
@@ -63,7 +89,7 @@ def main() -> None:
         sys.exit(130)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     print(f"wan-serve: {message}", file=sys.stderr)
     raise typer.Exit(code)
 

@@ -1,5 +1,6 @@
 """`make demo`: the service as a child process, one clip through its public HTTP API, and a clean stop."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -79,7 +80,10 @@ def _service(config: Path, port: int, log: Path, console: Console) -> Iterator[s
     """The service as a child process, ready; stopped at the end, whatever happens."""
     command = [sys.executable, "-m", "serve_graph.cli", "serve", "--config", str(config), "--port", str(port)]
     with log.open("wb") as output:
-        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)  # noqa: S603  # our own CLI
+        environment = {name: value for name, value in os.environ.items() if name != "WAN_API_KEYS"}  # on loopback
+        child = subprocess.Popen(  # noqa: S603  # our own CLI
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
         try:
             base = f"http://127.0.0.1:{port}"
             with console.status("starting the service (Ray, the graph, the model) …"):

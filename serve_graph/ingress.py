@@ -10,6 +10,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve_graph.api.app import create_api
+from serve_graph.api.auth import Authenticator
 from serve_graph.api.clip_files import SignedClips
 from serve_graph.api.routes import Service
 from serve_graph.health import HealthMonitor
@@ -18,7 +19,7 @@ from serve_graph.logs import configure_logging
 from serve_graph.metrics import IngressMetrics, merge, new_registry, snapshot
 from serve_graph.niceness import step_back
 from serve_graph.ray_worker import RayWorker
-from serve_graph.settings import Settings
+from serve_graph.settings import Settings, accepted_keys
 from serve_graph.stores import open_signed_store
 from storage.job_records import JobRecords
 
@@ -37,6 +38,7 @@ class Ingress:
         self._deployment, self._replica = context.deployment, context.replica_id.unique_id
         configure_logging(level=settings.log_level, deployment=self._deployment, replica=self._replica)
         self._settings = settings
+        self._authenticator = Authenticator(accepted_keys(settings), protect_monitoring=settings.protect_monitoring)
         self._worker = RayWorker(preprocessor, generator)
         self._registry = new_registry()
         self._metrics = IngressMetrics(self._registry)
@@ -52,6 +54,7 @@ class Ingress:
             hash_secret=opened.hash_secret,
             metrics=self._metrics,
             executor=executor,
+            clip_retention=settings.storage.clip_retention,
         )
         self._health = HealthMonitor(settings, self._worker, opened.store, self._jobs, executor)
         self._signed_clips = None if opened.local is None else SignedClips(opened.local, executor)
@@ -64,6 +67,8 @@ class Ingress:
             metrics=self._metrics,
             max_body_bytes=self._settings.max_body_bytes,
             echo_request_id=False,  # Serve's proxy does, see serve_graph.proxy
+            authenticator=self._authenticator,
+            cors_origins=self._settings.cors_origins,
             signed_clips=self._signed_clips,
             on_shutdown=self._drained,
         )

@@ -8,6 +8,7 @@ here, progress above all, dies with the process. The rest of the graph is behind
 import asyncio
 import contextvars
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Executor
 from contextlib import aclosing
@@ -26,6 +27,7 @@ from schemas.errors import (
     JobNotFound,
     Problem,
     QueueFull,
+    QuotaExceeded,
     RecordedFailure,
     ShuttingDown,
     WanError,
@@ -36,6 +38,7 @@ from schemas.health import LastError, QueueHealth
 from schemas.jobs import Job, JobRecord, JobState, Progress, RenderedClip, job_id_of, new_job_id
 from schemas.model_profile import ModelProfile
 from schemas.requests import GenerateRequest, GenerationParameters, url_ttl
+from serve_graph.api_keys import NOBODY, Principal
 from serve_graph.logs import log_failure, log_job
 from serve_graph.metrics import IngressMetrics
 from serve_graph.prompts import clean_prompt, prompt_hash, surely_fits
@@ -99,6 +102,7 @@ class JobService:
         hash_secret: bytes,
         metrics: IngressMetrics,
         executor: Executor,
+        clip_retention: timedelta | None = None,
     ) -> None:
         self._profile = profile
         self._worker = worker
@@ -106,11 +110,12 @@ class JobService:
         self._presigner = presigner
         self._limits = limits
         self._default_url_ttl = default_url_ttl
+        self._clip_retention = clip_retention
         self._hash_secret = hash_secret
         self._metrics = metrics
         self._executor = executor
         self._live: dict[str, _LiveJob] = {}
-        self._checking = 0
+        self._submitting: Counter[str] = Counter()
         self._creating: dict[str, asyncio.Task[None]] = {}
         self._draining = False
         self._slots = asyncio.Semaphore(limits.max_dispatched_jobs)
@@ -118,28 +123,31 @@ class JobService:
         self.last_error: LastError | None = None
         self._tell_metrics()
 
-    async def submit(self, request: GenerateRequest, request_id: str) -> JobRecord:
+    async def submit(self, request: GenerateRequest, request_id: str, principal: Principal = NOBODY) -> JobRecord:
         """Check a request, record its job and start it. Returns the record as it was created.
 
-        Raises InvalidRequest, PromptTooLong, QueueFull, ShuttingDown, StoreFull, StoreUnavailable; no job exists
-        then.
+        Raises InvalidRequest, PromptTooLong, QueueFull, QuotaExceeded, ShuttingDown, StoreFull, StoreUnavailable;
+        no job exists then.
         """
         self._refuse_if_draining()
         parameters = self._profile.resolve(request)
+        self._refuse_url_beyond_clip(request)
         cleaned = clean_prompt(parameters.prompt)
         if not cleaned:
             raise InvalidRequest([FieldError(field="prompt", message="is blank once it is cleaned as Wan does")])
-        self._admit()
-        if not self._surely_fits(cleaned, parameters):
-            self._checking += 1
-            try:
+        self._admit(principal)
+        self._submitting[principal.name] += 1  # until `_create` has made it a live job
+        try:
+            if not self._surely_fits(cleaned, parameters):
                 await self._worker.check(parameters)
-            finally:
-                self._checking -= 1
-            self._refuse_if_draining()
+                self._refuse_if_draining()
+        except BaseException:
+            self._submitting[principal.name] -= 1
+            raise
         record = JobRecord(
             job_id=new_job_id(),
             request_id=request_id,
+            principal=principal.name,
             state=JobState.QUEUED,
             at={JobState.QUEUED: datetime.now(UTC)},
             attempt_token=token_hex(8),
@@ -167,10 +175,10 @@ class JobService:
             return self._clip(live.record)
         return self._clip(await self._record(job_id))
 
-    async def job(self, job_id: str) -> Job:
-        """The job as clients see it, with progress when this process runs it. Raises JobNotFound."""
+    async def job(self, job_id: str, principal: Principal = NOBODY) -> Job:
+        """The job as its owner sees it, with progress when this process runs it. Raises JobNotFound."""
         live = self._live.get(job_id)
-        record = live.record if live is not None else await self._record(job_id)
+        record = _owned(live.record if live is not None else await self._record(job_id), principal)
         return Job(
             job_id=record.job_id,
             state=record.state,
@@ -181,10 +189,10 @@ class JobService:
             error=record.error,
         )
 
-    async def clip_url(self, clip_id: str) -> PresignedUrl:
-        """A freshly signed URL for a finished clip. Raises ClipNotFound."""
+    async def clip_url(self, clip_id: str, principal: Principal = NOBODY) -> PresignedUrl:
+        """A freshly signed URL for a finished clip of this owner. Raises ClipNotFound."""
         try:
-            record = await self._record(job_id_of(clip_id))
+            record = _owned(await self._record(job_id_of(clip_id)), principal)
         except JobNotFound as error:
             raise ClipNotFound from error
         if record.result is None or record.clip_id != clip_id:
@@ -202,7 +210,7 @@ class JobService:
         """How full the service is."""
         running = sum(live.started for live in self._live.values())
         return QueueHealth(
-            waiting=len(self._live) - running + self._checking + len(self._creating),
+            waiting=len(self._live) - running + self._submitting.total(),
             running=running,
             capacity=self._limits.max_waiting_jobs,
         )
@@ -225,11 +233,27 @@ class JobService:
         if self._draining:
             raise ShuttingDown("the service is shutting down; send the request again elsewhere or later")
 
-    def _admit(self) -> None:
-        waiting = self.queue().waiting
-        if waiting >= self._limits.max_waiting_jobs:
-            seconds = (self._mean_job_s or 1.0) * waiting / self._limits.max_dispatched_jobs
-            raise QueueFull(self._limits.max_waiting_jobs, min(MAX_RETRY_AFTER_S, max(1, round(seconds))))
+    def _refuse_url_beyond_clip(self, request: GenerateRequest) -> None:
+        kept = self._clip_retention
+        if kept is not None and url_ttl(request, self._default_url_ttl) > kept:
+            legal = f"up to {int(kept.total_seconds())}"
+            mistake = FieldError(field="url_ttl_s", message=f"clips are deleted sooner; legal: {legal}", legal=legal)
+            raise InvalidRequest([mistake])
+
+    def _admit(self, principal: Principal) -> None:
+        waiting, allowed = self.queue().waiting, self._limits.max_waiting_jobs
+        if waiting >= allowed:
+            raise QueueFull(allowed, self._seconds_for(waiting))
+        allowed = principal.max_waiting_jobs or allowed
+        mine = self._submitting[principal.name] + sum(
+            live.record.principal == principal.name and not live.started for live in self._live.values()
+        )
+        if mine >= allowed:
+            raise QuotaExceeded(allowed, self._seconds_for(mine))
+
+    def _seconds_for(self, num_jobs: int) -> int:
+        seconds = (self._mean_job_s or 1.0) * num_jobs / self._limits.max_dispatched_jobs
+        return min(MAX_RETRY_AFTER_S, max(1, round(seconds)))
 
     def _surely_fits(self, cleaned: str, parameters: GenerationParameters) -> bool:
         """Whether no text can be too long, so that the preprocessor need not be asked first."""
@@ -247,6 +271,7 @@ class JobService:
             etag = await self._io(self._records.create, record)
         finally:
             del self._creating[record.job_id]
+            self._submitting[record.principal] -= 1
         live = _LiveJob(record, etag, began=time.monotonic())
         self._live[record.job_id] = live
         live.task = asyncio.create_task(self._run(live))
@@ -381,9 +406,15 @@ class JobService:
         )
 
     def _presign(self, record: JobRecord, result: RenderedClip) -> PresignedUrl:
+        expires_in = url_ttl(record.request, self._default_url_ttl)
+        if self._clip_retention is not None:
+            left = record.at[JobState.SUCCEEDED] + self._clip_retention - datetime.now(UTC)
+            if left < timedelta(seconds=1):
+                raise ClipNotFound("this clip's time is over; the bucket deletes it")
+            expires_in = min(expires_in, left)
         return self._presigner.presign(
             result.key,
-            expires_in=url_ttl(record.request, self._default_url_ttl),
+            expires_in=expires_in,
             response_content_disposition=f'inline; filename="{record.clip_id}.mp4"',
         )
 
@@ -397,6 +428,13 @@ class JobService:
     async def _io(self, call: Callable[..., T], *args: Any) -> T:
         """Run a blocking store call on the bounded pool."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, call, *args)
+
+
+def _owned(record: JobRecord, principal: Principal) -> JobRecord:
+    """Another's job looks like none."""
+    if record.principal != principal.name:
+        raise JobNotFound
+    return record
 
 
 def _with_service_timings(clip: RenderedClip, queued_s: float, preprocess_s: float, total_s: float) -> RenderedClip:

@@ -94,6 +94,7 @@ def log_request(
     route: str | None,
     status: int,
     duration_s: float,
+    principal: str | None = None,
     job_id: str | None = None,
     error: str | None = None,
     prompt_hash: str | None = None,
@@ -102,6 +103,7 @@ def log_request(
     """One HTTP request was answered. route: the template, never the path; error: the problem's name."""
     fields = {
         "request_id": request_id,
+        "principal": principal,
         "job_id": job_id,
         "method": method,
         "route": route or UNMATCHED,

@@ -27,7 +27,7 @@ from schemas.errors import ModelNotReady, WanError
 from serve_graph.logs import configure_logging, log_event
 from serve_graph.niceness import RAY_WORKER_NICENESS
 from serve_graph.proxy import CALLBACK
-from serve_graph.settings import ConfigError, Settings, read_settings
+from serve_graph.settings import ConfigError, Settings, accepted_keys, read_settings
 from serve_graph.stores import prepare_store
 from storage.s3_probe import UnfitStore
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 IMPORT_PATH = "serve_graph.app:build_app"
 LOOPBACK = frozenset({"127.0.0.1", "localhost"})
+EVERY_ADDRESS = frozenset({"0.0.0.0", "::"})  # noqa: S104  # asks for API keys
 START_TIMEOUT_S = 1_800.0
 """A 14B checkpoint from a cold disk takes minutes; a failed start ends sooner, by its own report."""
 
@@ -76,13 +77,27 @@ def load_config(path: Path, host: str | None = None, port: int | None = None) ->
     if len(ours) != 1:
         raise ConfigError(f"{path} must list one application with import_path: {IMPORT_PATH}")
     raw["http_options"] = http = _http_options(path, raw, host, port)
-    if http["host"] not in LOOPBACK:
-        raise ConfigError(
-            f"http_options.host is {http['host']}: without API keys the service answers on loopback only (127.0.0.1)"
-        )
-    settings = read_settings(ours[0].get("args") or {}, public_url=f"http://{http['host']}:{http['port']}")
+    settings = read_settings(ours[0].get("args") or {}, public_url=_public_url(http))
+    _check_exposure(http["host"], settings)
     ours[0]["args"] = settings.model_dump(mode="json")
     return ServeConfig(raw, ours[0].get("name", "default"), http["host"], http["port"], settings)
+
+
+def _public_url(http: dict[str, Any]) -> str | None:
+    """What clients call the service where nothing says it; unknown where it listens on every address."""
+    return None if http["host"] in EVERY_ADDRESS else f"http://{http['host']}:{http['port']}"
+
+
+def _check_exposure(host: str, settings: Settings) -> None:
+    """Strangers stay outside. Raises ConfigError."""
+    keys = accepted_keys(settings)
+    if host not in LOOPBACK and keys is None and settings.auth != "none":
+        raise ConfigError(
+            f"http_options.host is {host}: without API keys the service answers on loopback only (127.0.0.1); "
+            "make a key with `wan-serve key new`, or set auth: none where something else keeps strangers out"
+        )
+    if settings.public_url is None:
+        raise ConfigError(f"http_options.host is {host}: set public_url, which clips' URLs begin with")
 
 
 def _http_options(path: Path, raw: dict[str, Any], host: str | None, port: int | None) -> dict[str, Any]:

@@ -16,10 +16,16 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from schemas.model_profile import ModelProfile
 from schemas.official_profiles import PROFILES
 from schemas.requests import MAX_URL_TTL_S, MIN_URL_TTL_S
+from serve_graph.api_keys import ApiKeys, InvalidApiKeys
 from storage.s3_options import S3Options
 
 ENV_PREFIX = "WAN_"
-SECRET_NAMES = frozenset({"WAN_SIGNING_SECRET", "WAN_S3_ACCESS_KEY", "WAN_S3_SECRET_KEY", "WAN_S3_SESSION_TOKEN"})
+SECRET_NAMES = frozenset(
+    {
+        *("WAN_SIGNING_SECRET", "WAN_API_KEYS"),
+        *("WAN_S3_ACCESS_KEY", "WAN_S3_SECRET_KEY", "WAN_S3_SESSION_TOKEN"),
+    }
+)
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Preset = Literal[
@@ -79,6 +85,13 @@ class StorageSettings(_Section):
             raise ValueError("kind is s3, so storage.s3 needs at least endpoint and bucket")
         return self
 
+    @property
+    def clip_retention(self) -> timedelta | None:
+        """How long the bucket keeps a clip at least; None: for ever, as a local folder does."""
+        if self.kind != "s3" or self.clip_retention_days is None:
+            return None
+        return timedelta(days=self.clip_retention_days)
+
 
 class QueueSettings(_Section):
     """Admission: who may wait, and how many are under way."""
@@ -133,6 +146,15 @@ class Settings(BaseSettings):
     url_ttl_s: int = Field(
         default=3_600, ge=MIN_URL_TTL_S, le=MAX_URL_TTL_S, description="Seconds that a URL works by default."
     )
+    auth: Literal["keys", "none"] = Field(
+        default="keys", description="`none`: anyone who reaches the service may use it, on any address."
+    )
+    protect_monitoring: bool = Field(
+        default=False, description="With API keys: `/health` and `/metrics` need one too (not `/health/live|ready`)."
+    )
+    cors_origins: tuple[str, ...] = Field(
+        default=(), description="Origins whose pages may call the API, such as `https://app.example.com`; `*`: all."
+    )
     max_body_bytes: int = Field(default=64 * 1024, ge=1_024, description="Larger request bodies get a 413.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="The least level that is logged."
@@ -155,6 +177,13 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """The environment wins over the file."""
         return env_settings, init_settings
+
+    @model_validator(mode="after")
+    def _urls_end_before_clips(self) -> "Settings":
+        kept = self.storage.clip_retention
+        if kept is not None and timedelta(seconds=self.url_ttl_s) > kept:
+            raise ValueError("url_ttl_s is longer than storage.clip_retention_days, and a URL never outlives its clip")
+        return self
 
     @property
     def profile(self) -> ModelProfile:
@@ -190,9 +219,22 @@ class Secrets(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="ignore", frozen=True)
 
     signing_secret: SecretStr | None = None
+    api_keys: SecretStr | None = None
     s3_access_key: SecretStr | None = None
     s3_secret_key: SecretStr | None = None
     s3_session_token: SecretStr | None = None
+
+
+def accepted_keys(settings: Settings) -> ApiKeys | None:
+    """The environment's API keys; None where nobody is asked for one. Raises ConfigError."""
+    given = Secrets().api_keys
+    try:
+        keys = ApiKeys("" if given is None else given.get_secret_value())
+    except InvalidApiKeys as error:
+        raise ConfigError(str(error)) from error
+    if settings.auth == "none" and keys:
+        raise ConfigError("auth is none, but WAN_API_KEYS holds keys: take one of the two away")
+    return keys or None
 
 
 def read_settings(args: Mapping[str, Any], public_url: str | None = None) -> Settings:

@@ -1,7 +1,6 @@
 """Opens the store that the settings name, with its presigner, in the process that uses it."""
 
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 from minio.credentials.providers import Provider
@@ -67,12 +66,11 @@ def prepare_store(settings: Settings) -> tuple[Settings, tuple[str, ...]]:
     storage = settings.storage
     if storage.kind != "s3":
         return settings, ()
-    days = storage.clip_retention_days
     prepared = prepare_bucket(
         _bucket(storage),
         s3_credentials(Secrets()),
         create=storage.create_bucket,
-        clip_retention=None if days is None else timedelta(days=days),
+        clip_retention=storage.clip_retention,
     )
     ready = storage.model_copy(update={"s3": prepared.options})
     return settings.model_copy(update={"storage": ready}), prepared.warnings

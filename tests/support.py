@@ -189,6 +189,7 @@ def open_jobs(
     profile: ModelProfile = WAN_TINY,
     max_waiting_jobs: int = 8,
     max_dispatched_jobs: int = 4,
+    clip_retention: timedelta | None = None,
 ) -> Iterator[Jobs]:
     """A job service over the real store and records; only the worker is scripted."""
     clock = Clock()
@@ -207,6 +208,7 @@ def open_jobs(
             hash_secret=b"h" * 32,
             metrics=metrics,
             executor=executor,
+            clip_retention=clip_retention,
         )
         yield Jobs(service, worker, store, records, presigner, registry, metrics, executor, clock)
 

@@ -1,15 +1,18 @@
 """Puts the API together: routes, problem documents, the request middleware, the OpenAPI document."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 
 from schemas.model_profile import ModelProfile
+from serve_graph.api.auth import Authenticator
 from serve_graph.api.clip_files import SignedClips, clip_file_routes
 from serve_graph.api.middleware import RequestMiddleware
 from serve_graph.api.problems import install_handlers
+from serve_graph.api.request_id import REQUEST_ID_HEADER
 from serve_graph.api.routes import Service, routes
 from serve_graph.metrics import IngressMetrics
 
@@ -24,6 +27,8 @@ def create_api(
     metrics: IngressMetrics,
     max_body_bytes: int,
     echo_request_id: bool = True,
+    authenticator: Authenticator | None = None,
+    cors_origins: Sequence[str] = (),
     signed_clips: SignedClips | None = None,
     on_shutdown: Callable[[], AbstractAsyncContextManager[None]] | None = None,
 ) -> FastAPI:
@@ -56,5 +61,17 @@ def create_api(
         metrics=metrics,
         max_body_bytes=max_body_bytes,
         echo_request_id=echo_request_id,
+        authenticator=authenticator or Authenticator(None, protect_monitoring=False),
     )
+    if cors_origins:
+        app.add_middleware(  # outermost: a page can read our errors, too
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["Authorization", "Content-Type", "Prefer", "Range", REQUEST_ID_HEADER],
+            expose_headers=[
+                *(REQUEST_ID_HEADER, "Location", "Preference-Applied", "Retry-After", "WWW-Authenticate"),
+                *("Accept-Ranges", "Content-Range", "Content-Disposition", "ETag"),
+            ],
+        )
     return app

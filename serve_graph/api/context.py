@@ -6,6 +6,7 @@ from typing import Any
 from starlette.types import Scope
 
 from schemas.requests import GenerationParameters
+from serve_graph.api_keys import NOBODY, Principal
 
 _KEY = "wan.context"
 
@@ -15,6 +16,7 @@ class RequestContext:
     """Filled in by the routes; read by `RequestMiddleware` when the request ends."""
 
     request_id: str
+    principal: Principal = NOBODY
     job_id: str | None = None
     error: str | None = None
     prompt_hash: str | None = None

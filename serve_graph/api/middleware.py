@@ -1,4 +1,5 @@
-"""Around every request: its id, the bound on its body, its log line, its metrics, and the last resort for errors.
+"""Around every request: its id, its API key, the bound on its body, its log line, its metrics, and the last resort
+for errors.
 
 Plain ASGI, since Starlette's `BaseHTTPMiddleware` hides a client's disconnect from the routes.
 """
@@ -11,7 +12,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from schemas.errors import BodyTooLarge, InternalError
+from schemas.errors import BodyTooLarge, Forbidden, InternalError, RateLimited, Unauthorized, WanError
+from serve_graph.api.auth import Authenticator
 from serve_graph.api.context import begin_context
 from serve_graph.api.problems import problem_response
 from serve_graph.api.request_id import REQUEST_ID_HEADER, request_id_of
@@ -20,6 +22,10 @@ from serve_graph.metrics import IngressMetrics
 
 CLIENT_CLOSED_REQUEST = 499
 """For the log and the metrics only: the client went away before there was an answer. Source: nginx."""
+
+
+REFUSALS = (BodyTooLarge, Unauthorized, Forbidden, RateLimited)
+"""What is refused here, before there is a route's handler."""
 
 
 class RequestMiddleware:
@@ -37,12 +43,14 @@ class RequestMiddleware:
         metrics: IngressMetrics,
         max_body_bytes: int,
         echo_request_id: bool,
+        authenticator: Authenticator,
     ) -> None:
         self._app = app
         self._routes = routes
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
         self._echo_request_id = echo_request_id
+        self._authenticator = authenticator
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; passes anything but HTTP through."""
@@ -62,17 +70,19 @@ class RequestMiddleware:
             await send(message)
 
         try:
+            context.principal = self._authenticator.principal(scope, self._template(scope))
             body = await self._read_body(scope, receive)
             if body is not None:
                 await self._app(scope, _replay(body, receive), send_with_id)
         except Exception as failure:  # the fourth handler: whatever got past the other three
-            if not isinstance(failure, BodyTooLarge):
+            if not isinstance(failure, REFUSALS):
                 log_failure("request_failed", failure, request_id=context.request_id)
                 failure = InternalError()
             context.error = failure.name
             if status != CLIENT_CLOSED_REQUEST:
                 raise  # half an answer is out; the server has to cut the connection
-            response = problem_response(failure.problem(request_id=context.request_id, job_id=context.job_id))
+            problem = failure.problem(request_id=context.request_id, job_id=context.job_id)
+            response = problem_response(problem, _challenge(scope, failure))
             await response(scope, receive, send_with_id)
         finally:
             seconds = time.monotonic() - began
@@ -80,6 +90,7 @@ class RequestMiddleware:
             self._metrics.request_answered(route, scope["method"], status, seconds)
             log_request(
                 request_id=context.request_id,
+                principal=context.principal.name,
                 method=scope["method"],
                 route=route,
                 status=status,
@@ -120,6 +131,14 @@ class RequestMiddleware:
                 raise BodyTooLarge(self._max_body_bytes)
             if not message.get("more_body", False):
                 return messages
+
+
+def _challenge(scope: Scope, failure: WanError) -> dict[str, str] | None:
+    """The `WWW-Authenticate` of a 401 (RFC 6750): without an error where no key was sent."""
+    if not isinstance(failure, Unauthorized):
+        return None
+    error = ', error="invalid_token"' if "authorization" in Headers(scope=scope) else ""
+    return {"WWW-Authenticate": f'Bearer realm="wan-serve"{error}'}
 
 
 def _replay(messages: deque[Message], receive: Receive) -> Receive:

@@ -5,8 +5,9 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Header, Path, Request
+from fastapi import APIRouter, Body, Header, Path, Request, Security
 from fastapi.responses import JSONResponse, RedirectResponse, Response
+from fastapi.security import HTTPBearer
 
 from schemas.clips import Clip
 from schemas.errors import PROBLEM_MEDIA_TYPE
@@ -32,6 +33,14 @@ class Service:
     metrics: Callable[[], Awaitable[bytes]]
 
 
+API_KEY: list[Any] = [
+    Security(HTTPBearer(auto_error=False, description="An API key. Needed where the service has keys; see its README."))
+]
+"""For the OpenAPI document; `RequestMiddleware` checks keys."""
+
+KEY_PROBLEMS = (401, 403, 429)
+
+
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI entries for the problem documents that a route may answer with.
 
@@ -51,8 +60,9 @@ def routes(service: Service, profile: ModelProfile) -> APIRouter:
         response_model=Clip,
         responses={
             202: {"model": Job, "description": "With `Prefer: respond-async`: the job; `Location` names it."},
-            **problems(409, 413, 422, 429, 500, 503, 507),
+            **problems(*KEY_PROBLEMS, 409, 413, 422, 500, 503, 507),
         },
+        dependencies=API_KEY,
     )
     async def generate(
         request: Request,
@@ -62,34 +72,42 @@ def routes(service: Service, profile: ModelProfile) -> APIRouter:
         """Make one clip. Waits for it, unless `Prefer: respond-async` asks for the job instead."""
         context = context_of(request.scope)
         await service.health.require_ready()
-        record = await service.jobs.submit(body, context.request_id)
+        record = await service.jobs.submit(body, context.request_id, context.principal)
         context.job_id = record.job_id
         context.prompt_hash = record.prompt_hash
         context.parameters = record.parameters
         if wants_async(prefer or ()):
-            job = await service.jobs.job(record.job_id)
+            job = await service.jobs.job(record.job_id, context.principal)
             headers = {"Location": f"/jobs/{record.job_id}", "Preference-Applied": RESPOND_ASYNC}
             return JSONResponse(job.model_dump(mode="json"), status_code=202, headers=headers)
         return await _wait_for_clip(service.jobs, request, record.job_id)
 
-    @router.get("/jobs/{job_id}", response_model=Job, responses=problems(404, 422, 500, 503))
-    async def get_job(job_id: Annotated[str, Path(examples=["job_" + "0" * 32])]) -> Job:
+    @router.get(
+        "/jobs/{job_id}",
+        response_model=Job,
+        responses=problems(*KEY_PROBLEMS, 404, 422, 500, 503),
+        dependencies=API_KEY,
+    )
+    async def get_job(request: Request, job_id: Annotated[str, Path(examples=["job_" + "0" * 32])]) -> Job:
         """How a job is doing, and its clip once it is done."""
-        return await service.jobs.job(job_id)
+        return await service.jobs.job(job_id, context_of(request.scope).principal)
 
     @router.get(
         "/outputs/{clip_id}",
         status_code=307,
         response_class=Response,
-        responses={307: {"description": "To a freshly signed URL."}, **problems(404, 422, 500, 503)},
+        responses={307: {"description": "To a freshly signed URL."}, **problems(*KEY_PROBLEMS, 404, 422, 500, 503)},
+        dependencies=API_KEY,
     )
     @router.api_route("/outputs/{clip_id}", methods=["GET", "HEAD"], include_in_schema=False)  # serves both
-    async def get_output(clip_id: Annotated[str, Path(examples=["clip_" + "0" * 32])]) -> Response:
+    async def get_output(request: Request, clip_id: Annotated[str, Path(examples=["clip_" + "0" * 32])]) -> Response:
         """Redirect to a freshly signed URL of the clip."""
-        signed = await service.jobs.clip_url(clip_id)
+        signed = await service.jobs.clip_url(clip_id, context_of(request.scope).principal)
         return RedirectResponse(signed.url, status_code=307, headers={"Cache-Control": "no-store"})
 
-    @router.get("/models", response_model=list[ModelProfile], responses=problems(500))
+    @router.get(
+        "/models", response_model=list[ModelProfile], responses=problems(*KEY_PROBLEMS, 500), dependencies=API_KEY
+    )
     async def get_models() -> list[ModelProfile]:
         """The model that is served, and what it may be asked for."""
         return [profile]
@@ -97,7 +115,11 @@ def routes(service: Service, profile: ModelProfile) -> APIRouter:
     @router.get(
         "/health",
         response_model=Health,
-        responses={503: {"model": Health, "description": "Not ready; `reason` says why."}, **problems(500)},
+        responses={
+            503: {"model": Health, "description": "Not ready; `reason` says why."},
+            **problems(*KEY_PROBLEMS, 500),
+        },
+        dependencies=API_KEY,
     )
     async def get_health() -> Response:
         """Everything about the service's state. 503 while it can't render."""
@@ -118,7 +140,11 @@ def routes(service: Service, profile: ModelProfile) -> APIRouter:
     @router.get(
         "/metrics",
         response_class=Response,
-        responses={200: {"content": {"text/plain": {}}, "description": "Prometheus text."}, **problems(500)},
+        responses={
+            200: {"content": {"text/plain": {}}, "description": "Prometheus text."},
+            **problems(*KEY_PROBLEMS, 500),
+        },
+        dependencies=API_KEY,
     )
     async def get_metrics() -> Response:
         """The metrics of all deployments."""

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextvars import ContextVar
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -832,3 +832,36 @@ async def test_submit_refuses_a_prompt_that_is_blank_once_cleaned(jobs: Jobs, pr
 
     assert [error.field for error in refused.value.errors] == ["prompt"]
     assert jobs.store.recorded == []
+
+
+# ---- a URL never outlives its clip
+
+
+async def test_a_url_that_would_outlive_its_clip_is_refused(tmp_path: Path) -> None:
+    with open_jobs(tmp_path / "store", clip_retention=timedelta(days=1)) as jobs:
+        with pytest.raises(InvalidRequest) as refusal:
+            await jobs.service.submit(REQUEST.model_copy(update={"url_ttl_s": 86_401}), "request-1")
+
+        assert refusal.value.errors[0].field == "url_ttl_s"
+        assert refusal.value.errors[0].legal == "up to 86400"
+        record = await jobs.service.submit(REQUEST.model_copy(update={"url_ttl_s": 86_400}), "request-1")
+        await jobs.service.wait(record.job_id)
+
+
+async def test_a_later_url_ends_with_its_clip(tmp_path: Path) -> None:
+    kept = timedelta(seconds=630)
+    with open_jobs(tmp_path / "store", clip_retention=kept) as jobs:
+        record = await jobs.service.submit(REQUEST, "request-1")
+        await jobs.service.wait(record.job_id)
+        key, finished = jobs.job_records()[0], jobs.record(record.job_id)
+
+        for age, left in ((timedelta(seconds=60), timedelta(seconds=570)), (kept, None)):
+            older = {**finished.at, JobState.SUCCEEDED: datetime.now(UTC) - age}
+            body = finished.model_copy(update={"at": older}).model_dump_json().encode()
+            jobs.store.put(key, body)
+            if left is None:
+                with pytest.raises(ClipNotFound):
+                    await jobs.service.clip_url(record.clip_id)
+                continue
+            expires_in = (await jobs.service.clip_url(record.clip_id)).expires_at - jobs.clock()
+            assert timedelta(0) < expires_in <= left

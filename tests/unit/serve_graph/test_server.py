@@ -12,6 +12,7 @@ from ray.serve.schema import ServeDeploySchema
 
 import serve_graph
 from serve_graph import server
+from serve_graph.api_keys import new_key
 from serve_graph.server import IMPORT_PATH, StartFailed, load_config, serve_forever
 from serve_graph.settings import ConfigError
 
@@ -140,6 +141,40 @@ def test_load_config_refuses_http_options_that_are_none(config_file: Path, http_
 def test_load_config_refuses_a_host_that_is_not_loopback(host: str) -> None:
     with pytest.raises(ConfigError, match="loopback"):
         load_config(LOCAL, host=host)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1"])  # noqa: S104  # with keys
+def test_load_config_takes_any_host_with_api_keys(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    monkeypatch.setenv("WAN_API_KEYS", new_key("alice")[1])
+    monkeypatch.setenv("WAN_PUBLIC_URL", "https://wan.example.com")
+
+    assert load_config(LOCAL, host=host).host == host
+
+
+def test_load_config_takes_any_host_without_keys_where_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WAN_AUTH", "none")
+
+    assert load_config(LOCAL, host="192.0.2.1").settings.public_url == "http://192.0.2.1:8000"
+
+
+def test_load_config_asks_for_a_public_url_where_it_listens_on_every_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WAN_AUTH", "none")
+
+    with pytest.raises(ConfigError, match="public_url"):
+        load_config(LOCAL, host="0.0.0.0")  # noqa: S104  # refused
+
+
+@pytest.mark.parametrize(
+    ("keys", "auth", "told"), [("alice:nonsense", "keys", "line 1"), (new_key("alice")[1], "none", "auth is none")]
+)
+def test_load_config_refuses_keys_that_make_no_sense(
+    monkeypatch: pytest.MonkeyPatch, keys: str, auth: str, told: str
+) -> None:
+    monkeypatch.setenv("WAN_API_KEYS", keys)
+    monkeypatch.setenv("WAN_AUTH", auth)
+
+    with pytest.raises(ConfigError, match=told):
+        load_config(LOCAL)
 
 
 def test_a_taken_port_is_told_before_anything_starts() -> None:

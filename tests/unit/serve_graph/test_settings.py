@@ -1,5 +1,6 @@
 """Settings: the environment over the file, whatever is unknown refused by name, secrets nowhere."""
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +199,13 @@ def test_every_setting_says_what_it_is() -> None:
             assert all(part.description for part in section.model_fields.values()), name
         else:
             assert field.description or name == "log_level", name
+
+
+def test_urls_that_would_outlive_their_clips_are_refused() -> None:
+    s3 = {"endpoint": "http://127.0.0.1:9000", "bucket": "clips"}
+    storage = {"kind": "s3", "s3": s3, "clip_retention_days": 1}
+
+    assert read_settings({"storage": storage, "url_ttl_s": 86_400}).storage.clip_retention == timedelta(days=1)
+    with pytest.raises(ConfigError, match="outlives"):
+        read_settings({"storage": storage, "url_ttl_s": 86_401})
+    assert read_settings({"storage": storage | {"kind": "local"}, "url_ttl_s": 86_401}).storage.clip_retention is None

@@ -1,6 +1,6 @@
 """The API in process: the real application, job service, monitor and store; worker and model probe scripted."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ from schemas.errors import WanError
 from schemas.health import GeneratorHealth, ModelHealth
 from schemas.official_profiles import WAN_TINY
 from serve_graph.api.app import create_api
+from serve_graph.api.auth import Authenticator
 from serve_graph.api.clip_files import SignedClips
 from serve_graph.api.routes import Service
 from serve_graph.health import HealthMonitor
@@ -54,7 +55,9 @@ class Api:
 
 
 @asynccontextmanager
-async def open_api(folder: Path, log: LogLines) -> AsyncIterator[Api]:
+async def open_api(
+    folder: Path, log: LogLines, *, authenticator: Authenticator | None = None, cors_origins: Sequence[str] = ()
+) -> AsyncIterator[Api]:
     """A service for 3 waiting jobs, one of them dispatched at a time."""
     with open_jobs(folder, max_waiting_jobs=3, max_dispatched_jobs=1) as jobs:
         probe = ScriptedProbe()
@@ -68,6 +71,8 @@ async def open_api(folder: Path, log: LogLines) -> AsyncIterator[Api]:
             profile=WAN_TINY,
             metrics=jobs.metrics,
             max_body_bytes=MAX_BODY_BYTES,
+            authenticator=authenticator,
+            cors_origins=cors_origins,
             signed_clips=SignedClips(LocalFiles(jobs.store, jobs.presigner), jobs.executor),
         )
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)

@@ -415,7 +415,7 @@ async def test_generate_tells_nothing_of_an_unknown_exception_in_the_job(api: Ap
 async def test_an_unknown_exception_in_a_route_is_a_problem_that_tells_nothing(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def explode(job_id: str) -> None:
+    async def explode(*_: object) -> None:
         raise RuntimeError(f"/srv/weights.bin {PROMPT}")
 
     monkeypatch.setattr(api.jobs.service, "job", explode)
