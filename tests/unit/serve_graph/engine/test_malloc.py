@@ -46,6 +46,7 @@ def test_memory_of_freed_tensors_stays() -> None:
 
 
 def _run(mode: str) -> dict[str, int]:
-    done = subprocess.run([sys.executable, "-c", PROGRAM, mode], env=os.environ | RETURNING, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", PROGRAM, mode]
+    done = subprocess.run(command, env=os.environ | RETURNING, capture_output=True, text=True, check=True)
     found: dict[str, int] = json.loads(done.stdout)
     return found
