@@ -53,7 +53,7 @@ format: $(STAMP) ## Fix what ruff can fix
 	$(BIN)/ruff format .
 
 bench: $(STAMP) ## Measure; writes benchmarks/results/
-	$(BIN)/python -m benchmarks.run
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.run
 
 clean: ## Remove the environment and everything built; clips and records under data/ stay
 	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

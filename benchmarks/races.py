@@ -3,9 +3,11 @@
 While one contender works, the others wait: for their pipe, or for a request.
 """
 
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 
 import numpy as np
@@ -16,6 +18,9 @@ from benchmarks.processes import Memory, cpu_seconds, memory, roles
 from benchmarks.service import Service
 from benchmarks.workload import IN_FLIGHT, Block
 from schemas.clips import Timings
+from schemas.jobs import clip_id_of, new_job_id
+from serve_graph.stores import SignedStore
+from storage.keys import clip_key
 
 MAX_MEAN_DIFFERENCE = 1.0
 """8-bit levels; beyond it the contenders don't make the same clip, and a comparison of times means nothing."""
@@ -46,14 +51,24 @@ class Findings:
 
     stock_s: list[float] = field(default_factory=list)
     engine_s: list[float] = field(default_factory=list)
+    engine_stages: list[Timings] = field(default_factory=list)
+    service: "BesideService" = field(default_factory=lambda: BesideService())
+    on_s3: "BesideService" = field(default_factory=lambda: BesideService())
+    cpu_s_per_clip: dict[str, float] = field(default_factory=dict)
+    uploads_s: dict[str, list[float]] = field(default_factory=dict)
+    presigns_s: dict[str, list[float]] = field(default_factory=dict)
+    memory: dict[str, Memory] = field(default_factory=dict)
+
+
+@dataclass
+class BesideService:
+    """The engine and one service, block by block."""
+
     engine_blocks_s: list[list[float]] = field(default_factory=list)
     service_blocks_s: list[list[float]] = field(default_factory=list)
     engine_rates: list[float] = field(default_factory=list)
     service_rates: list[float] = field(default_factory=list)
-    engine_stages: list[Timings] = field(default_factory=list)
-    service_stages: list[Timings] = field(default_factory=list)
-    cpu_s_per_clip: dict[str, float] = field(default_factory=dict)
-    memory: dict[str, Memory] = field(default_factory=dict)
+    stages: list[Timings] = field(default_factory=list)
 
 
 class Numbers:
@@ -135,9 +150,21 @@ class Races:
         found.memory["stock, one at a time"] = memory([stock.pid])
         found.memory["engine, one at a time"] = memory([engine.pid])
 
-    def one_client(self, engine: Child, service: Service) -> None:
-        """One at a time, in blocks."""
+    def stores(self, stores: Mapping[str, SignedStore], clip: bytes) -> None:
+        """Upload one clip and sign its URL, in turn on each store."""
         found = self.findings
+        for _ in self._bar.track(range(self._plan.clips * self._plan.rounds), description="stores: upload, presign"):
+            for name, opened in stores.items():
+                key = clip_key(clip_id_of(new_job_id()), "bench")
+                began = time.perf_counter()
+                opened.store.put(key, clip, if_none_match=True)
+                uploaded = time.perf_counter()
+                opened.presigner.presign(key, expires_in=timedelta(hours=1))
+                found.uploads_s.setdefault(name, []).append(uploaded - began)
+                found.presigns_s.setdefault(name, []).append(time.perf_counter() - uploaded)
+
+    def one_client(self, engine: Child, service: Service, found: BesideService) -> None:
+        """One at a time, in blocks."""
 
         def by_engine(block: Iterable[int]) -> None:
             found.engine_blocks_s.append([engine.call("clip", number)[0] for number in block])
@@ -145,7 +172,7 @@ class Races:
         def by_service(block: Iterable[int]) -> None:
             answers = [service.clip(number) for number in block]
             found.service_blocks_s.append([seconds for seconds, _ in answers])
-            found.service_stages.extend(clip.timings for _, clip in answers)
+            found.stages.extend(clip.timings for _, clip in answers)
 
         for number in self._numbers.take(_WARM_UPS):
             engine.call("clip", number)
@@ -154,9 +181,9 @@ class Races:
             block = self._numbers.take(self._plan.clips)
             _in_turn([partial(by_engine, block), partial(by_service, block)], turn)
 
-    def eight_in_flight(self, engine: Child, service: Service) -> None:
-        """Closed loops, in blocks."""
-        found, num_timed = self.findings, self._plan.num_timed
+    def eight_in_flight(self, engine: Child, service: Service, found: BesideService) -> None:
+        """Closed loops, in blocks. The CPU and the memory of the last service are kept."""
+        num_timed = self._plan.num_timed
         engine_cpu, service_cpu = CpuMeter(engine.pid), CpuMeter(service.pid)
 
         def by_engine(first: int) -> None:
@@ -170,10 +197,10 @@ class Races:
         for turn in self._bar.track(range(self._plan.rounds), description="engine, service: eight in flight"):
             first = self._numbers.take(num_timed + 2 * IN_FLIGHT).start
             _in_turn([partial(by_engine, first), partial(by_service, first)], turn)
-        found.memory["engine, after 8 in flight"] = memory([engine.pid])
-        found.memory |= _service_memory(service)
+        self.findings.memory["engine, after 8 in flight"] = memory([engine.pid])
+        self.findings.memory |= _service_memory(service)
         by_role = service_cpu.seconds_per_clip()
-        found.cpu_s_per_clip = {
+        self.findings.cpu_s_per_clip = {
             "engine": sum(engine_cpu.seconds_per_clip().values()),
             "service, together": sum(by_role.values()),
         } | {f"service: {role}": seconds for role, seconds in by_role.items()}

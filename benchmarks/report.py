@@ -27,6 +27,9 @@ TIMED = {
     "one process, no Ray, no HTTP.",
     "service": "all of the engine's, checks, the job's record in the store, Ray Serve's hops, HTTP; by the clock of a "
     "client that keeps its connection.",
+    "service on S3": "the same with ministack for a bucket, a Python server on the same cores; the engine beside it "
+    "keeps its local folder. ",
+    "upload, presign": "one put of one clip into the store, one signature for it; by this process, nothing beside it.",
     "engine and service": "the negative prompt's embedding is cached from the start, the prompt's never is.",
     "8 in flight": "a closed loop, each finished clip replaced at once; timed between two finishes, all slots taken.",
 }

@@ -12,12 +12,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
+import httpx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from s3_servers.ministack import Ministack
 
 from benchmarks.child import ChildFailed, child
 from benchmarks.figures import Comparison, Measure, keeps_rate, no_slower, spread, within_overhead
-from benchmarks.races import Findings, NotComparable, Plan, Races
+from benchmarks.races import BesideService, Findings, NotComparable, Plan, Races
 from benchmarks.report import (
     Agreement,
     Asked,
@@ -31,6 +33,7 @@ from benchmarks.report import (
 from benchmarks.service import ServiceFailed, running_service, write_config
 from benchmarks.workload import IN_FLIGHT, request
 from serve_graph.settings import ENV_PREFIX, Settings, StorageSettings
+from serve_graph.stores import open_signed_store, prepare_store
 
 OVERHEAD_FACTOR, OVERHEAD_S, RATE_SHARE = 1.15, 0.060, 0.85
 """Source: the goals of `make bench` in the issue that asked for it."""
@@ -82,7 +85,8 @@ def run(plan: Plan, scratch: Path, console: Console) -> Report:
         comparisons=comparisons(found),
         stages={
             "engine": median_timings(found.engine_stages),
-            "service, one client": median_timings(found.service_stages),
+            "service, one client": median_timings(found.service.stages),
+            "service on S3, one client": median_timings(found.on_s3.stages),
         },
         cpu_s_per_clip=found.cpu_s_per_clip,
         memory=found.memory,
@@ -91,7 +95,7 @@ def run(plan: Plan, scratch: Path, console: Console) -> Report:
 
 def measure(races: Races, bar: Progress, scratch: Path, config: Path, settings: Settings) -> Agreement:
     """Start the contenders and let them race; stock leaves before the service comes."""
-    loading = bar.add_task("starting the contenders", total=3)
+    loading = bar.add_task("starting the contenders", total=4)
     engine_settings = settings.model_copy(update={"storage": StorageSettings(folder=scratch / "engine-store")})
     with ExitStack() as stack:
         engine = stack.enter_context(child("engine", engine_settings, scratch / "engine.log"))
@@ -101,11 +105,23 @@ def measure(races: Races, bar: Progress, scratch: Path, config: Path, settings: 
                 bar.advance(loading)
             distance, other_clip = races.compare_frames(stock, engine)
             races.stock_and_engine(stock, engine)
+        server = stack.enter_context(Ministack(scratch / "ministack"))
+        os.environ |= {"WAN_S3_ACCESS_KEY": server.info.access_key, "WAN_S3_SECRET_KEY": server.info.secret_key}
+        s3_config, s3_settings = write_config(scratch / "s3", server.info.endpoint)
+        with running_service(s3_config, s3_settings, scratch / "s3") as service:
+            bar.advance(loading)
+            races.one_client(engine, service, races.findings.on_s3)
+            races.eight_in_flight(engine, service, races.findings.on_s3)
+            _, clip = service.clip(0)
+            body = httpx.get(clip.output_url).content
+        s3_settings, _ = prepare_store(s3_settings)
+        races.stores({"local folder": open_signed_store(settings), "ministack": open_signed_store(s3_settings)}, body)
+        server.stop()
         service = stack.enter_context(running_service(config, settings, scratch))
         bar.advance(loading)
         same_bytes = races.compare_bytes(engine, service)
-        races.one_client(engine, service)
-        races.eight_in_flight(engine, service)
+        races.one_client(engine, service, races.findings.service)
+        races.eight_in_flight(engine, service, races.findings.service)
         stopping = bar.add_task("stopping the service", total=1)
     bar.advance(stopping)
     return Agreement(mean_abs_difference=distance, other_clip=other_clip, service_sha256_equals_engine=same_bytes)
@@ -113,29 +129,40 @@ def measure(races: Races, bar: Progress, scratch: Path, config: Path, settings: 
 
 def measures(found: Findings) -> tuple[Measure, ...]:
     """The rows of the first table."""
-    alone, beside = _flat(found.engine_blocks_s), _flat(found.service_blocks_s)
+    alone, beside = _flat(found.service.engine_blocks_s), _flat(found.service.service_blocks_s)
     return (
         Measure(name="stock", unit="s", spread=spread(found.stock_s)),
         Measure(name="engine, beside stock", unit="s", spread=spread(found.engine_s)),
         Measure(name="engine, beside the service", unit="s", spread=spread(alone)),
         Measure(name="service, one client", unit="s", spread=spread(beside)),
-        Measure(name="engine, 8 in flight", unit="clips/s", spread=spread(found.engine_rates)),
-        Measure(name="service, 8 clients", unit="clips/s", spread=spread(found.service_rates)),
+        Measure(name="engine, 8 in flight", unit="clips/s", spread=spread(found.service.engine_rates)),
+        Measure(name="service, 8 clients", unit="clips/s", spread=spread(found.service.service_rates)),
+        Measure(name="service on S3, one client", unit="s", spread=spread(_flat(found.on_s3.service_blocks_s))),
+        Measure(name="service on S3, 8 clients", unit="clips/s", spread=spread(found.on_s3.service_rates)),
+        *(Measure(name=f"upload, {name}", unit="s", spread=spread(times)) for name, times in found.uploads_s.items()),
+        *(Measure(name=f"presign, {name}", unit="s", spread=spread(times)) for name, times in found.presigns_s.items()),
     )
 
 
 def comparisons(found: Findings) -> tuple[Comparison, ...]:
-    """The three goals."""
+    """The three goals, the two of the service on either store."""
+    return (
+        no_slower("engine / stock", found.engine_s, found.stock_s),
+        *_service_goals("service", found.service),
+        *_service_goals("service on S3", found.on_s3),
+    )
+
+
+def _service_goals(name: str, found: BesideService) -> tuple[Comparison, Comparison]:
     engine_s, service_s = (
         [median(block) for block in blocks] for blocks in (found.engine_blocks_s, found.service_blocks_s)
     )
     return (
-        no_slower("engine / stock", found.engine_s, found.stock_s),
         within_overhead(
-            "service, one client / engine", service_s, engine_s, factor=OVERHEAD_FACTOR, extra_s=OVERHEAD_S
+            f"{name}, one client / engine", service_s, engine_s, factor=OVERHEAD_FACTOR, extra_s=OVERHEAD_S
         ),
         keeps_rate(
-            "service, 8 clients / engine, 8 in flight", found.service_rates, found.engine_rates, share=RATE_SHARE
+            f"{name}, 8 clients / engine, 8 in flight", found.service_rates, found.engine_rates, share=RATE_SHARE
         ),
     )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import psutil
 import yaml
+from s3_servers.ministack import BUCKETS
 
 from benchmarks.workload import IN_FLIGHT, Block, closed_loop, request
 from schemas.clips import Clip
@@ -70,12 +71,19 @@ class Service:
         return answer.content
 
 
-def write_config(folder: Path) -> tuple[Path, Settings]:
-    """The shipped config file with its data under `folder`, and the settings that it means."""
+def write_config(folder: Path, s3_endpoint: str | None = None) -> tuple[Path, Settings]:
+    """The shipped config file with its data under `folder`, and the settings that it means.
+
+    s3_endpoint: keep clips and records in a bucket there; the environment has the keys.
+    """
+    folder.mkdir(exist_ok=True)
     config = yaml.safe_load(_SHIPPED_CONFIG.read_text())
     args = config["applications"][0]["args"]
     args |= {"data_dir": str(folder / "data")}
     args["storage"] |= {"folder": str(folder / "store")}
+    if s3_endpoint is not None:
+        bucket = {"endpoint": s3_endpoint, "bucket": f"{BUCKETS}bench"}
+        args["storage"] |= {"kind": "s3", "s3": bucket, "create_bucket": True}
     config["http_options"]["port"] = _free_port()
     path = folder / "serve.yaml"
     path.write_text(yaml.safe_dump(config))
