@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Header, Path, Request
+from fastapi import APIRouter, Body, Path, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 
 from schemas.clips import Clip
@@ -21,6 +21,18 @@ from serve_graph.jobs import JobService
 from serve_graph.metrics import CONTENT_TYPE
 
 RESPOND_ASYNC = "respond-async"
+RETRY_STATUSES = (429, 503)
+"""Each problem with one of these has a `Retry-After`."""
+
+PREFER = {
+    "name": "Prefer",
+    "in": "header",
+    "required": False,
+    "description": "`respond-async` answers at once.",
+    "schema": {"type": "string"},
+    "example": RESPOND_ASYNC,
+}
+"""Documented by hand: a header may come in several lines, which FastAPI would call an array."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,15 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     No `model`: FastAPI would add it as application/json. `Problem` is in the document through `Job`.
     """
     content = {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {status: {"content": content, "description": "A problem"} for status in statuses}
+    retry = {"headers": {"Retry-After": _header("Seconds to wait.", "integer")}}
+    return {
+        status: {"content": content, "description": "A problem", **(retry if status in RETRY_STATUSES else {})}
+        for status in statuses
+    }
+
+
+def _header(description: str, kind: str = "string") -> dict[str, Any]:
+    return {"description": description, "required": True, "schema": {"type": kind}}
 
 
 def routes(service: Service, profile: ModelProfile) -> APIRouter:
@@ -50,14 +70,18 @@ def routes(service: Service, profile: ModelProfile) -> APIRouter:
         "/generate",
         response_model=Clip,
         responses={
-            202: {"model": Job, "description": "With `Prefer: respond-async`: the job; `Location` names it."},
+            202: {
+                "model": Job,
+                "description": "With `Prefer: respond-async`: the job.",
+                "headers": {"Location": _header("The job."), "Preference-Applied": _header("`respond-async`.")},
+            },
             **problems(409, 413, 422, 429, 500, 503, 507),
         },
+        openapi_extra={"parameters": [PREFER]},
     )
     async def generate(
         request: Request,
         body: Annotated[GenerateRequest, Body(openapi_examples=examples)],
-        prefer: Annotated[list[str] | None, Header(description="`respond-async` answers at once.")] = None,
     ) -> Response | Clip:
         """Make one clip. Waits for it, unless `Prefer: respond-async` asks for the job instead."""
         context = context_of(request.scope)
@@ -66,7 +90,7 @@ def routes(service: Service, profile: ModelProfile) -> APIRouter:
         context.job_id = record.job_id
         context.prompt_hash = record.prompt_hash
         context.parameters = record.parameters
-        if wants_async(prefer or ()):
+        if wants_async(request.headers.getlist("prefer")):
             job = await service.jobs.job(record.job_id)
             headers = {"Location": f"/jobs/{record.job_id}", "Preference-Applied": RESPOND_ASYNC}
             return JSONResponse(job.model_dump(mode="json"), status_code=202, headers=headers)
@@ -81,7 +105,10 @@ def routes(service: Service, profile: ModelProfile) -> APIRouter:
         "/outputs/{clip_id}",
         status_code=307,
         response_class=Response,
-        responses={307: {"description": "To a freshly signed URL."}, **problems(404, 422, 500, 503)},
+        responses={
+            307: {"description": "To a freshly signed URL.", "headers": {"Location": _header("The signed URL.")}},
+            **problems(404, 422, 500, 503),
+        },
     )
     @router.api_route("/outputs/{clip_id}", methods=["GET", "HEAD"], include_in_schema=False)  # serves both
     async def get_output(clip_id: Annotated[str, Path(examples=["clip_" + "0" * 32])]) -> Response:
