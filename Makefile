@@ -35,7 +35,7 @@ serve-s3: $(STAMP) ## As serve, with clips in an S3 bucket (ministack on loopbac
 test: $(STAMP) ## Run all tests, with real Ray and real diffusers
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-ceph: $(STAMP) ## Run the store's contract on Ceph RGW; says what to install where it is missing
+test-ceph: $(STAMP) ## Run the store's contract, and the service, on Ceph RGW; says what to install where it is missing
 	$(BIN)/python -m pytest -m ceph $(PYTEST_ARGS)
 
 lint: $(STAMP) ## Lint, and check the format and the import layers; changes nothing

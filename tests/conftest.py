@@ -1,4 +1,5 @@
-"""Fixtures that several suites share: the tiny Wan, made of diffusers' and transformers' real classes, on the CPU.
+"""Fixtures that several suites share: the tiny Wan, made of diffusers' and transformers' real classes, on the CPU,
+and the S3 servers. What uses Ceph carries the marker `ceph` and runs with `-m ceph` only.
 
 torch and diffusers are imported inside the fixtures: a test that asks for none of them runs without either.
 The parts are loaded once per session and shared, so a test that hooks into a module takes its hook off again.
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
+from s3_servers.ceph import CephRgw
+from s3_servers.ministack import Ministack
+from s3_servers.process import S3Server
 
 from schemas.handoff import PreparedPrompt, TextItem
 from schemas.official_profiles import WAN_TINY
@@ -30,6 +34,60 @@ if TYPE_CHECKING:
 
 JOB_TIMEOUT_S = 30.0
 """How long a test waits for a tiny job, which takes a fraction of a second on an idle core."""
+
+TELL = "tell: "
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "ceph: needs Ceph's daemons (`make test-ceph`)")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark what uses Ceph, by a fixture or as a parameter."""
+    if isinstance(item, pytest.Function):
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if "ceph" in item.fixturenames or any(isinstance(value, str) and value == "ceph" for value in parameters):
+            item.add_marker("ceph")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave Ceph's cases out, unless `-m` speaks of them."""
+    if "ceph" in config.getoption("markexpr"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("ceph")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not item.get_closest_marker("ceph")]
+
+
+@pytest.fixture
+def tell(record_property: Callable[[str, object], None]) -> Callable[[str, str], None]:
+    """Show a line at the end of the run, below a title."""
+    return lambda title, line: record_property(f"{TELL}{title}", line)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    told: dict[str, list[str]] = {}
+    for report in [report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome)]:
+        for name, line in report.user_properties if report.when == "call" else ():
+            if name.startswith(TELL):
+                told.setdefault(name.removeprefix(TELL), []).append(str(line))
+    for title, lines in told.items():
+        terminalreporter.section(title)
+        for line in lines:
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def ministack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with Ministack(tmp_path_factory.mktemp("ministack")) as server:
+        yield server.info
+
+
+@pytest.fixture(scope="session")
+def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with CephRgw(tmp_path_factory.mktemp("ceph")) as server:
+        yield server.info
 
 
 @pytest.fixture(scope="session")

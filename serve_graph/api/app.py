@@ -51,8 +51,12 @@ def create_api(
         redirect_slashes=False,
     )
     install_handlers(app, profile)
+    authenticator = authenticator or Authenticator(None, protect_monitoring=False)
     all_routes = [*app.routes]  # the documentation's; an included router hides its own
-    for router in [routes(service, profile), *([] if signed_clips is None else [clip_file_routes(signed_clips)])]:
+    routers = [routes(service, profile, authenticator)]
+    if signed_clips is not None:
+        routers.append(clip_file_routes(signed_clips))
+    for router in routers:
         all_routes += router.routes
         app.include_router(router)
     app.add_middleware(
@@ -61,7 +65,7 @@ def create_api(
         metrics=metrics,
         max_body_bytes=max_body_bytes,
         echo_request_id=echo_request_id,
-        authenticator=authenticator or Authenticator(None, protect_monitoring=False),
+        authenticator=authenticator,
     )
     if cors_origins:
         app.add_middleware(  # outermost: a page can read our errors, too

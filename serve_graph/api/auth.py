@@ -35,6 +35,10 @@ class Authenticator:
         self._open = OPEN_ROUTES if protect_monitoring else OPEN_ROUTES | {"/health", "/metrics"}
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
 
+    def asks_on(self, route: str) -> bool:
+        """Whether a route, named by its template, needs a key."""
+        return self._keys is not None and route not in self._open
+
     def principal(self, scope: Scope, route: str | None) -> Principal:
         """Who asks. route: the template of the request's route, None where there is none.
 

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Header, Path, Request, Security
+from fastapi import APIRouter, Body, Path, Request, Security
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 from fastapi.security import HTTPBearer
 
@@ -15,6 +15,7 @@ from schemas.health import Health
 from schemas.jobs import Job
 from schemas.model_profile import ModelProfile
 from schemas.requests import GenerateRequest
+from serve_graph.api.auth import Authenticator
 from serve_graph.api.context import context_of
 from serve_graph.api.middleware import CLIENT_CLOSED_REQUEST
 from serve_graph.health import HealthMonitor
@@ -22,6 +23,18 @@ from serve_graph.jobs import JobService
 from serve_graph.metrics import CONTENT_TYPE
 
 RESPOND_ASYNC = "respond-async"
+RETRY_STATUSES = (429, 503)
+"""Each problem with one of these has a `Retry-After`."""
+
+PREFER = {
+    "name": "Prefer",
+    "in": "header",
+    "required": False,
+    "description": "`respond-async` answers at once.",
+    "schema": {"type": "string"},
+    "example": RESPOND_ASYNC,
+}
+"""Documented by hand: a header may come in several lines, which FastAPI would call an array."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +46,7 @@ class Service:
     metrics: Callable[[], Awaitable[bytes]]
 
 
-API_KEY: list[Any] = [
-    Security(HTTPBearer(auto_error=False, description="An API key. Needed where the service has keys; see its README."))
-]
+API_KEY: list[Any] = [Security(HTTPBearer(auto_error=False, description="An API key; `wan-serve key new` makes one."))]
 """For the OpenAPI document; `RequestMiddleware` checks keys."""
 
 KEY_PROBLEMS = (401, 403, 429)
@@ -47,27 +58,46 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     No `model`: FastAPI would add it as application/json. `Problem` is in the document through `Job`.
     """
     content = {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {status: {"content": content, "description": "A problem"} for status in statuses}
+    retry = {"headers": {"Retry-After": _header("Seconds to wait.", "integer")}}
+    return {
+        status: {"content": content, "description": "A problem", **(retry if status in RETRY_STATUSES else {})}
+        for status in statuses
+    }
 
 
-def routes(service: Service, profile: ModelProfile) -> APIRouter:
-    """All routes but those of the local store's signed URLs."""
+def _header(description: str, kind: str = "string") -> dict[str, Any]:
+    return {"description": description, "required": True, "schema": {"type": kind}}
+
+
+def routes(service: Service, profile: ModelProfile, authenticator: Authenticator) -> APIRouter:
+    """All routes but those of the local store's signed URLs.
+
+    authenticator: tells the document which routes ask for a key; `RequestMiddleware` asks.
+    """
     router = APIRouter()
+
+    def key_on(route: str) -> list[Any]:
+        return API_KEY if authenticator.asks_on(route) else []
+
     examples = _examples(profile)
 
     @router.post(
         "/generate",
         response_model=Clip,
         responses={
-            202: {"model": Job, "description": "With `Prefer: respond-async`: the job; `Location` names it."},
+            202: {
+                "model": Job,
+                "description": "With `Prefer: respond-async`: the job.",
+                "headers": {"Location": _header("The job."), "Preference-Applied": _header("`respond-async`.")},
+            },
             **problems(*KEY_PROBLEMS, 409, 413, 422, 500, 503, 507),
         },
-        dependencies=API_KEY,
+        openapi_extra={"parameters": [PREFER]},
+        dependencies=key_on("/generate"),
     )
     async def generate(
         request: Request,
         body: Annotated[GenerateRequest, Body(openapi_examples=examples)],
-        prefer: Annotated[list[str] | None, Header(description="`respond-async` answers at once.")] = None,
     ) -> Response | Clip:
         """Make one clip. Waits for it, unless `Prefer: respond-async` asks for the job instead."""
         context = context_of(request.scope)
@@ -76,7 +106,7 @@ def routes(service: Service, profile: ModelProfile) -> APIRouter:
         context.job_id = record.job_id
         context.prompt_hash = record.prompt_hash
         context.parameters = record.parameters
-        if wants_async(prefer or ()):
+        if wants_async(request.headers.getlist("prefer")):
             job = await service.jobs.job(record.job_id, context.principal)
             headers = {"Location": f"/jobs/{record.job_id}", "Preference-Applied": RESPOND_ASYNC}
             return JSONResponse(job.model_dump(mode="json"), status_code=202, headers=headers)
@@ -86,7 +116,7 @@ def routes(service: Service, profile: ModelProfile) -> APIRouter:
         "/jobs/{job_id}",
         response_model=Job,
         responses=problems(*KEY_PROBLEMS, 404, 422, 500, 503),
-        dependencies=API_KEY,
+        dependencies=key_on("/jobs/{job_id}"),
     )
     async def get_job(request: Request, job_id: Annotated[str, Path(examples=["job_" + "0" * 32])]) -> Job:
         """How a job is doing, and its clip once it is done."""
@@ -96,8 +126,11 @@ def routes(service: Service, profile: ModelProfile) -> APIRouter:
         "/outputs/{clip_id}",
         status_code=307,
         response_class=Response,
-        responses={307: {"description": "To a freshly signed URL."}, **problems(*KEY_PROBLEMS, 404, 422, 500, 503)},
-        dependencies=API_KEY,
+        responses={
+            307: {"description": "To a freshly signed URL.", "headers": {"Location": _header("The signed URL.")}},
+            **problems(*KEY_PROBLEMS, 404, 422, 500, 503),
+        },
+        dependencies=key_on("/outputs/{clip_id}"),
     )
     @router.api_route("/outputs/{clip_id}", methods=["GET", "HEAD"], include_in_schema=False)  # serves both
     async def get_output(request: Request, clip_id: Annotated[str, Path(examples=["clip_" + "0" * 32])]) -> Response:
@@ -106,7 +139,10 @@ def routes(service: Service, profile: ModelProfile) -> APIRouter:
         return RedirectResponse(signed.url, status_code=307, headers={"Cache-Control": "no-store"})
 
     @router.get(
-        "/models", response_model=list[ModelProfile], responses=problems(*KEY_PROBLEMS, 500), dependencies=API_KEY
+        "/models",
+        response_model=list[ModelProfile],
+        responses=problems(*KEY_PROBLEMS, 500),
+        dependencies=key_on("/models"),
     )
     async def get_models() -> list[ModelProfile]:
         """The model that is served, and what it may be asked for."""
@@ -119,7 +155,7 @@ def routes(service: Service, profile: ModelProfile) -> APIRouter:
             503: {"model": Health, "description": "Not ready; `reason` says why."},
             **problems(*KEY_PROBLEMS, 500),
         },
-        dependencies=API_KEY,
+        dependencies=key_on("/health"),
     )
     async def get_health() -> Response:
         """Everything about the service's state. 503 while it can't render."""
@@ -144,7 +180,7 @@ def routes(service: Service, profile: ModelProfile) -> APIRouter:
             200: {"content": {"text/plain": {}}, "description": "Prometheus text."},
             **problems(*KEY_PROBLEMS, 500),
         },
-        dependencies=API_KEY,
+        dependencies=key_on("/metrics"),
     )
     async def get_metrics() -> Response:
         """The metrics of all deployments."""

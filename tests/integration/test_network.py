@@ -1,15 +1,21 @@
 """Who can reach the running service: HTTP on loopback for all, Ray's own ports for holders of the token."""
 
 import os
+import socket
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-import grpc
 import psutil
 import pytest
 
 from tests.integration.service import RunningService
+from tests.integration.sockets import Kind, Listener, kind_of, listeners
+
+TITLE = "listening sockets of the service"
 
 CONNECT = """
 import sys
@@ -59,16 +65,43 @@ def test_ray_token_is_readable_by_its_owner_only(service: RunningService) -> Non
     assert not [command for command in commands if token.read_text() in command]
 
 
-def test_what_listens_beyond_loopback_asks_for_the_token(service: RunningService) -> None:
-    """Each Serve replica's gRPC server listens on all interfaces, whatever it is told."""
-    beyond = [
-        (process.name(), connection.laddr.port)
-        for process in [*service.family(), psutil.Process(service.process.pid)]
-        for connection in process.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN and not connection.laddr.ip.endswith(("127.0.0.1", "::1"))
-    ]
-    assert {name.split(":")[2] for name, _ in beyond} == {"ServeReplica"}
-    for _, port in beyond:
-        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as refused:
-            channel.unary_unary("/ray.serve.ASGIService/HandleRequest")(b"", timeout=10)
-        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+def test_every_listening_socket_is_explained(service: RunningService, tell: Callable[[str, str], None]) -> None:
+    """Each Serve replica's gRPC server listens on all interfaces, whatever it is told: the token guards it."""
+    found = [(listener, kind_of(listener)) for listener in listeners(service)]
+    for listener, kind in found:
+        tell(TITLE, f"{listener.line}\n    {'UNEXPLAINED' if kind is None else _described(kind)}")
+    assert [listener for listener, kind in found if kind is None] == []
+    assert [at for at, kind in found if kind and not (at.is_on_loopback or kind.wants_token)] == []
+    kinds = Counter(kind.name for _, kind in found if kind)
+    assert kinds["the service's HTTP, at Serve's proxy"] == 1
+    assert kinds["a Serve replica's gRPC"] == 3
+    assert kinds["Ray's GCS, gRPC"] == 1
+
+
+def test_a_socket_that_nobody_knows_is_unexplained(service: RunningService) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        port = stranger.getsockname()[1]
+        assert kind_of(Listener("python -m http.server", "127.0.0.1", port, "")) is None
+    http = next(found for found in listeners(service) if found.port == service.port)
+    assert kind_of(replace(http, process="ray::ServeReplica:wan:Ingress")) is None
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("127.0.0.1", True),
+        ("::1", True),
+        ("::ffff:127.0.0.1", True),
+        ("*", False),
+        ("0.0.0.0", False),  # noqa: S104  # told apart, not bound
+        ("::", False),
+        ("10.0.0.1", False),
+        ("::ffff:10.0.0.1", False),
+    ],
+)
+def test_loopback_is_told_from_the_rest(address: str, expected: bool) -> None:
+    assert Listener("", address, 1, "").is_on_loopback is expected
+
+
+def _described(kind: Kind) -> str:
+    return f"{kind.name}; {'refuses whoever has no token' if kind.wants_token else 'open, on loopback only'}"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from s3_servers.ministack import BUCKETS, Ministack
+from s3_servers.ministack import BUCKETS
 from s3_servers.process import S3Server
 
 from schemas.clips import Clip
@@ -15,10 +15,10 @@ from tests.integration.service import RunningService, run_serve, write_config
 BUCKET = f"{BUCKETS}service"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with Ministack(tmp_path_factory.mktemp("ministack")) as ministack:
-        yield ministack.info
+@pytest.fixture(scope="module", params=["ministack", "ceph"])
+def server(request: pytest.FixtureRequest) -> S3Server:
+    s3_server: S3Server = request.getfixturevalue(request.param)
+    return s3_server
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Keys: what is one, and that none leads out of a folder."""
 
+import re
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -92,6 +93,25 @@ def test_parse_clip_key_refuses_anything_else(key: str) -> None:
 def test_job_key_refuses_what_is_no_job_id(job_id: str) -> None:
     with pytest.raises(InvalidKey):
         job_key(job_id)
+
+
+@given(st.from_regex(r"(job_)?[0-9a-fA-F]{31,33}\n?", fullmatch=True) | st.text())
+def test_job_key_is_a_legal_key_or_refused(job_id: str) -> None:
+    if re.fullmatch(r"job_[0-9a-f]{32}", job_id):
+        assert check_key(job_key(job_id)) == f"jobs/{job_id}.json"
+    else:
+        with pytest.raises(InvalidKey):
+            job_key(job_id)
+
+
+@given(st.from_regex(r"(clips/)?clip_[0-9a-f]{31,33}/[A-Za-z0-9._/-]{0,66}(\.mp4)?\n?", fullmatch=True))
+def test_parse_clip_key_takes_only_what_clip_key_makes(key: str) -> None:
+    try:
+        parts = parse_clip_key(key)
+    except InvalidKey:
+        return
+    assert clip_key(*parts) == key
+    assert check_key(key) == key
 
 
 def test_job_key_names_the_record() -> None:

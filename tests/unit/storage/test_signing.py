@@ -204,3 +204,45 @@ def test_verify_accepts_what_was_signed(extra_ms: int, disposition: str | None) 
     expires_in = max(timedelta(seconds=1), timedelta(milliseconds=extra_ms))
     query = signed_query(expires_in=expires_in, disposition=disposition)
     assert presigner().verify("GET", KEY, query) == disposition
+
+
+TOKENS = st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True)
+DISPOSITIONS = st.none() | st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), min_size=1, max_size=20)
+SIGNED = st.tuples(st.sampled_from(["GET", "HEAD"]), TOKENS, st.integers(1, 7 * 24 * 3600), DISPOSITIONS)
+
+
+@given(SIGNED, SIGNED)
+def test_no_two_urls_share_a_signature(
+    one: tuple[Literal["GET", "HEAD"], str, int, str | None], other: tuple[Literal["GET", "HEAD"], str, int, str | None]
+) -> None:
+    def signature(method: Literal["GET", "HEAD"], token: str, seconds: int, disposition: str | None) -> str:
+        key, lifetime = clip_key(CLIP_ID, token), timedelta(seconds=seconds)
+        signed = presigner().presign(key, method=method, expires_in=lifetime, response_content_disposition=disposition)
+        return dict(parse_qsl(urlsplit(signed.url).query))["signature"]
+
+    assert (signature(*one) == signature(*other)) is (one == other)
+
+
+@given(st.binary(min_size=16, max_size=40), st.binary(min_size=16, max_size=40))
+def test_verify_accepts_the_same_secret_only(signing: bytes, verifying: bytes) -> None:
+    assume(signing != verifying)
+    signed = presigner(secret=signing).presign(KEY, expires_in=MINUTE)
+    query = parse_qsl(urlsplit(signed.url).query)
+    assert presigner(secret=signing).verify("GET", KEY, query) is None
+    with pytest.raises(UrlInvalid):
+        presigner(secret=verifying).verify("GET", KEY, query)
+
+
+@given(st.integers(1, 7 * 24 * 3600), st.integers(-(10**6), 10**6))
+def test_verify_accepts_before_the_end_and_at_no_other_time(lifetime_s: int, offset_s: int) -> None:
+    query = signed_query(expires_in=timedelta(seconds=lifetime_s))
+    expires = int(dict(query)["expires"])
+    at = datetime.fromtimestamp(expires + offset_s, UTC)
+    if offset_s >= 0:
+        with pytest.raises(UrlExpired):
+            presigner(at).verify("GET", KEY, query)
+    elif offset_s < -7 * 24 * 3600:
+        with pytest.raises(UrlInvalid):
+            presigner(at).verify("GET", KEY, query)
+    else:
+        assert presigner(at).verify("GET", KEY, query) == DISPOSITION

@@ -4,6 +4,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 import httpx
 from fastapi import FastAPI
@@ -81,6 +83,13 @@ async def open_api(
 
 
 async def send_raw(api: Api, method: str, target: str, headers: dict[str, str] | None = None) -> httpx.Response:
-    """Send a request target as it is: httpx would tidy `..` away."""
-    url = httpx.URL(str(api.http.base_url), raw_path=target.encode("ascii"))
-    return await api.http.request(method, url, headers=headers)
+    """Send a request target as it is, decoded as uvicorn does: httpx would tidy `.` and `..` away."""
+    path, _, query = target.encode("ascii").partition(b"?")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raw = {"path": unquote(path.decode("ascii")), "raw_path": path, "query_string": query}
+        await api.app({**scope, **raw}, receive, send)
+
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url=PUBLIC_URL) as http:
+        return await http.request(method, "/", headers=headers)

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from answers import assert_nothing_of_the_inside, problem_of
@@ -189,3 +190,17 @@ async def test_a_configured_origin_may_call_and_read_errors(tmp_path: Path, log:
 
 def _without_id(problem: Problem) -> Problem:
     return problem.model_copy(update={"request_id": None, "job_id": None})
+
+
+async def test_the_document_asks_for_a_key_where_the_service_does(tmp_path: Path, log: LogLines, api: Api) -> None:
+    def asking(document: dict[str, Any]) -> set[str]:
+        paths = document["paths"].items()
+        return {path for path, item in paths for operation in item.values() if "security" in operation}
+
+    made = {"/generate", "/jobs/{job_id}", "/outputs/{clip_id}", "/models"}
+    assert asking((await api.http.get("/openapi.json")).json()) == made
+    closed = Authenticator(KEYS, protect_monitoring=True)
+    async with open_api(tmp_path / "closed", log, authenticator=closed) as protected:
+        assert asking((await protected.http.get("/openapi.json")).json()) == made | {"/health", "/metrics"}
+    async with open_api(tmp_path / "open", log) as without:
+        assert asking((await without.http.get("/openapi.json")).json()) == set()

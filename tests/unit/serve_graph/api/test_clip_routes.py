@@ -1,15 +1,25 @@
 """The bytes behind a signed URL: who gets them, and how."""
 
-from urllib.parse import parse_qsl, urlencode, urlsplit
+import re
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 import pytest
 from answers import assert_nothing_of_the_inside, problem_of
-from api_under_test import Api
-from support import CLIP_BYTES
+from api_under_test import Api, send_raw
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from support import CLIP_BYTES, PUBLIC_URL
 
 from schemas.clips import Clip
 
 SIZE = len(CLIP_BYTES)
+CONTENT_RANGE = re.compile(rf"bytes ([0-9]+)-([0-9]+)/{SIZE}")
+
+many = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+positions = st.integers(0, 2 * SIZE) | st.sampled_from([SIZE - 1, SIZE, SIZE + 1, 10**17])
+header_values = st.binary(max_size=40).map(lambda value: re.sub(rb"[\x00-\x1f\x7f]", b"", value).strip())
+url_characters = st.sampled_from("0123456789abcdef%&=+./?;, ~") | st.characters(max_codepoint=0x7F)
+range_like = st.from_regex(rb"(bytes ?= ?)?[0-9, -]{0,12}", fullmatch=True).map(bytes.strip)
 
 
 @pytest.fixture
@@ -191,3 +201,83 @@ async def test_url_of_a_clip_that_is_gone_is_not_found(api: Api, clip: Clip) -> 
         api.jobs.store.delete(stat.key)
 
     problem_of(await api.http.get(clip.output_url), 404, "clip-not-found")
+
+
+@given(first=positions, last=st.none() | positions)
+@many
+async def test_get_answers_any_range_as_http_means_it(api: Api, clip: Clip, first: int, last: int | None) -> None:
+    answer = await api.http.get(clip.output_url, headers={"range": f"bytes={first}-{'' if last is None else last}"})
+
+    end = SIZE - 1 if last is None else last
+    if end < first < SIZE or (last is not None and last < first):
+        assert (answer.status_code, answer.content) == (200, CLIP_BYTES)
+    elif first >= SIZE:
+        problem_of(answer, 416, "range-not-satisfiable")
+    else:
+        assert (answer.status_code, answer.content) == (206, CLIP_BYTES[first : end + 1])
+
+
+@given(count=positions)
+@many
+async def test_get_answers_any_last_bytes_as_http_means_it(api: Api, clip: Clip, count: int) -> None:
+    answer = await api.http.get(clip.output_url, headers={"range": f"bytes=-{count}"})
+
+    if count == 0:
+        problem_of(answer, 416, "range-not-satisfiable")
+    else:
+        assert (answer.status_code, answer.content) == (206, CLIP_BYTES[-count:])
+
+
+@given(ranges=st.lists(header_values | range_like, min_size=1, max_size=2), if_range=st.none() | header_values)
+@example(ranges=[b"bytes=0-1", b"bytes=2-3,5-"], if_range=None)
+@example(ranges=[b"bytes=" + b"9" * 5_000 + b"-"], if_range=None)
+@many
+async def test_get_answers_right_bytes_whatever_the_range(
+    api: Api, clip: Clip, ranges: list[bytes], if_range: bytes | None
+) -> None:
+    headers = [(b"range", value) for value in ranges] + ([] if if_range is None else [(b"if-range", if_range)])
+    answer = await api.http.get(clip.output_url, headers=headers)
+
+    if answer.status_code == 206:
+        part = CONTENT_RANGE.fullmatch(answer.headers["content-range"])
+        assert part is not None
+        assert answer.content == CLIP_BYTES[int(part[1]) : int(part[2]) + 1]
+    elif answer.status_code == 416:
+        problem_of(answer, 416, "range-not-satisfiable")
+    else:
+        assert (answer.status_code, answer.content) == (200, CLIP_BYTES)
+
+
+@given(known=header_values)
+@many
+async def test_get_answers_any_if_none_match(api: Api, clip: Clip, known: bytes) -> None:
+    answer = await api.http.get(clip.output_url, headers={b"if-none-match": known})
+
+    assert (answer.status_code, answer.content) == ((304, b"") if known == b"*" else (200, CLIP_BYTES))
+
+
+@given(
+    at=st.integers(0, 300),
+    removed=st.integers(0, 2),
+    inserted=st.text(url_characters, max_size=3),
+)
+@many
+async def test_no_changed_url_gets_the_bytes(api: Api, clip: Clip, at: int, removed: int, inserted: str) -> None:
+    target = clip.output_url.removeprefix(PUBLIC_URL)
+    at %= len(target)
+    changed_target = target[:at] + inserted + target[at + removed :]
+    if not changed_target.startswith("/"):
+        changed_target = "/" + changed_target
+    answer = await send_raw(api, "GET", changed_target)
+
+    assert answer.status_code < 500
+    if answer.status_code == 200 and answer.content == CLIP_BYTES:
+        assert meaning(changed_target) == meaning(target)
+    if meaning(changed_target) == meaning(target):
+        assert answer.status_code == 200
+
+
+def meaning(target: str) -> tuple[str, list[tuple[str, str]]]:
+    """What a request target says, however it spells it."""
+    path, _, query = target.partition("?")
+    return unquote(path), sorted(parse_qsl(query, keep_blank_values=True))

@@ -10,11 +10,19 @@ import httpx
 import pytest
 from answers import assert_nothing_of_the_inside, problem_of
 from api_under_test import Api
+from hypothesis import example, given
+from hypothesis import strategies as st
 from support import CLIP_BYTES, PATIENCE_S, PROGRESS, PUBLIC_URL
 
 from schemas.clips import Clip
 from schemas.errors import OutOfMemory, RecordedFailure
 from schemas.jobs import Job, JobState
+from serve_graph.api.routes import wants_async
+
+OTHER_PREFERENCES = st.sampled_from(
+    ["", " ", "wait=10", "return=minimal", "respond-asynchronously", "no-respond-async", "foo;respond-async"]
+)
+PREFERENCES = OTHER_PREFERENCES | st.text(st.characters(exclude_characters=","), max_size=12)
 
 PROMPT = "a red circle moving left"
 ASYNC = {"prefer": "respond-async"}
@@ -112,6 +120,29 @@ async def test_generate_waits_for_any_other_preference(api: Api, prefer: str) ->
 
     assert answer.status_code == 200
     assert "preference-applied" not in answer.headers
+
+
+@given(
+    before=st.lists(PREFERENCES, max_size=3),
+    after=st.lists(PREFERENCES, max_size=3),
+    name=st.sampled_from(["respond-async", "Respond-Async", "RESPOND-ASYNC"]),
+    space=st.sampled_from(["", " ", "\t "]),
+    parameter=st.sampled_from(["", ";x=1", " ; x", ";"]),
+)
+def test_respond_async_is_seen_wherever_it_stands(
+    before: list[str], after: list[str], name: str, space: str, parameter: str
+) -> None:
+    preferences = [*before, f"{space}{name}{parameter}{space}", *after]
+    assert wants_async([",".join(preferences)])
+    assert wants_async(preferences)
+
+
+@given(st.lists(OTHER_PREFERENCES | st.text(max_size=20), max_size=4))
+@example(["respond", "-async"])
+@example(["\u017frespond-async"])
+def test_nothing_else_is_respond_async(lines: list[str]) -> None:
+    said = [preference.split(";")[0].strip().lower() for line in lines for preference in line.split(",")]
+    assert wants_async(lines) is ("respond-async" in said)
 
 
 async def test_job_shows_its_progress_and_then_its_clip(api: Api) -> None:

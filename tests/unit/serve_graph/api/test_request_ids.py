@@ -1,11 +1,17 @@
 """X-Request-ID: the client's own where it is one; on the answer, in the body and in the log."""
 
 import re
+import string
 
 import pytest
 from answers import problem_of
 from api_under_test import Api
+from hypothesis import example, given
+from hypothesis import strategies as st
 
+from serve_graph.api.request_id import request_id_of
+
+LEGAL = string.ascii_letters + string.digits + "._-"
 MADE = re.compile(r"[0-9a-f]{32}")
 
 
@@ -43,3 +49,18 @@ async def test_a_refusal_of_the_body_has_the_request_id(api: Api) -> None:
 
     assert problem_of(answer, 413, "body-too-large").request_id == "request-1"
     assert [line["request_id"] for line in api.log.of("request")] == ["request-1"]
+
+
+@given(st.text(st.sampled_from(LEGAL), min_size=1, max_size=128))
+def test_any_legal_request_id_is_kept(sent: str) -> None:
+    assert request_id_of(sent) == sent
+
+
+@given(st.text(st.characters(exclude_categories=()) | st.sampled_from(LEGAL), max_size=140))
+@example("a\n")
+@example("\u0661")
+def test_any_other_request_id_is_replaced(sent: str) -> None:
+    is_legal = 1 <= len(sent) <= 128 and set(sent) <= set(LEGAL)
+    kept = request_id_of(sent)
+    assert (kept == sent) is is_legal
+    assert is_legal or MADE.fullmatch(kept)

@@ -1,0 +1,1 @@
+"""schemathesis on a running service: whatever is sent, the answer is as the OpenAPI document says."""
