@@ -49,6 +49,8 @@ from storage.store import PreconditionFailed, PresignedUrl, Presigner
 
 T = TypeVar("T")
 
+_STOPPED = "the service was stopped before the job was done; send the request again elsewhere or later"
+
 MAX_RETRY_AFTER_S = 600
 
 MAX_ATTEMPTS = 3
@@ -287,7 +289,8 @@ class JobService:
                 clip = await self._attempts(live)
             state = JobState.SUCCEEDED
         except asyncio.CancelledError:
-            state, error = JobState.CANCELLED, JobCancelled().problem(job_id=live.record.job_id)
+            why = ShuttingDown(_STOPPED) if self._hurrying else JobCancelled()
+            state, error = JobState.CANCELLED, why.problem(job_id=live.record.job_id)
         except Exception as failure:  # whatever it is, the job has to end
             known = failure if isinstance(failure, WanError) else InternalError()
             if known.status >= 500:

@@ -65,8 +65,9 @@ def run(service: RunningService, disturb: Callable[[], None] | None = None) -> l
         return [future.result() for future in sent]
 
 
-def wait_running(service: RunningService) -> None:
-    while httpx.get(service.base + "/health", timeout=30).json()["queue"]["running"] == 0:
+def wait_running(service: RunningService, num_jobs: int = 1) -> None:
+    """Until so many jobs hold a slot of the generator."""
+    while httpx.get(service.base + "/health", timeout=30).json()["queue"]["running"] < num_jobs:
         pass
 
 
