@@ -9,9 +9,9 @@ import asyncio
 import contextvars
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import Executor
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from secrets import token_hex
@@ -48,6 +48,9 @@ from storage.keys import clip_key
 from storage.store import PreconditionFailed, PresignedUrl, Presigner
 
 T = TypeVar("T")
+
+WATCH_INTERVAL_S = 10.0
+"""Between two looks at the worker while a job runs."""
 
 _STOPPED = "the service was stopped before the job was done; send the request again elsewhere or later"
 
@@ -286,7 +289,7 @@ class JobService:
         state, clip, error = JobState.FAILED, None, None
         try:
             async with self._slots:
-                clip = await self._attempts(live)
+                clip = await self._watched(self._attempts(live))
             state = JobState.SUCCEEDED
         except asyncio.CancelledError:
             why = ShuttingDown(_STOPPED) if self._hurrying else JobCancelled()
@@ -303,6 +306,28 @@ class JobService:
             self._live.pop(live.record.job_id, None)
             live.ended.set()
             self._tell_metrics()
+
+    async def _watched(self, attempts: Coroutine[Any, Any, RenderedClip]) -> RenderedClip:
+        """What the attempts come to. Raises WorkerLost when the worker stays away: a call to it may wait for ever."""
+        working, watching = asyncio.create_task(attempts), asyncio.create_task(self._worker_stays_away())
+        try:
+            await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            watching.result()
+            raise WorkerLost("the model has been away for too long; send the request again later", 60)
+        finally:
+            working.cancel()
+            watching.cancel()
+            await asyncio.gather(working, watching, return_exceptions=True)
+
+    async def _worker_stays_away(self) -> None:
+        """Returns once the worker has been away for as long as a job waits for it."""
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            patience = Patience(self._patiences.worker_s)
+            if not await self._worker_answers() and not await self._worker_is_back(patience):
+                return
 
     async def _attempts(self, live: _LiveJob) -> RenderedClip:
         """One attempt after another, until one ends by itself: a worker that is lost is not the job's fault."""
@@ -321,10 +346,16 @@ class JobService:
 
     async def _worker_is_back(self, patience: Patience) -> bool:
         while await patience.pause():
-            with suppress(WanError):
-                await self._worker.health()
+            if await self._worker_answers():
                 return True
         return False
+
+    async def _worker_answers(self) -> bool:
+        try:
+            await self._worker.health()
+        except WanError:
+            return False
+        return True
 
     async def _forget_attempt(self, live: _LiveJob, failure: WanError) -> None:
         """Make way for the next attempt: nothing of the lost one shows, or is left where it can be found."""

@@ -121,6 +121,40 @@ async def test_a_job_fails_when_its_worker_does_not_come_back_in_time(tmp_path: 
     assert len(jobs.worker.tasks) == 1
 
 
+async def test_a_job_fails_when_the_call_that_it_waits_for_has_no_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Serve keeps a call until there is a replica, be that for ever."""
+    monkeypatch.setattr("serve_graph.jobs.WATCH_INTERVAL_S", 0.01)
+    with open_jobs(tmp_path / "store", worker_patience_s=0.1) as jobs:
+        jobs.worker.gates["queued"].close()
+        jobs.worker.failures["health"] = ModelNotReady("the model is loading")
+
+        with pytest.raises(RecordedFailure) as caught:
+            await clip_of(jobs)
+
+    assert caught.value.recorded.name == "worker-lost"
+    assert jobs.worker.rendering == set()
+
+
+@pytest.mark.parametrize(("patience_s", "absences"), [(0.0, []), (PATIENCE_S, [ModelNotReady("the model is loading")])])
+async def test_a_job_whose_worker_is_there_in_time_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience_s: float, absences: list[Exception]
+) -> None:
+    monkeypatch.setattr("serve_graph.jobs.WATCH_INTERVAL_S", 0.01)
+    with open_jobs(tmp_path / "store", worker_patience_s=patience_s) as jobs:
+        gate = jobs.worker.gates["queued"]
+        gate.close()
+        jobs.worker.passing["health"] = absences
+        record = await jobs.service.submit(REQUEST, "request-1")
+        await gate.reached()
+        await jobs.worker.gates["health"].reached()
+        gate.open()
+        await jobs.service.wait(record.job_id)
+
+    assert len(jobs.worker.tasks) == 1
+
+
 async def test_a_clip_that_the_lost_attempt_left_is_deleted(jobs: Jobs) -> None:
     jobs.worker.passing["running"] = [LOST]
     gate = jobs.worker.gates["running"]
