@@ -135,6 +135,7 @@ class BareEngine:
             encode=settings.encode,
             executor=self._encode_threads,
             metrics=metrics,
+            patience_s=settings.storage.patience_s,
         )
         self._loop = asyncio.Runner()
 

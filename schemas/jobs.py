@@ -1,9 +1,12 @@
 """A job's life: its record, its states and the view of it that clients get.
 
+                   ┌────────────┐ another attempt, when the worker of the last one was lost
+                   v            │
     queued ──> preparing ──> running ──> succeeded
       │            │            │
       └────────────┴────────────┴──────> failed | cancelled
 
+An attempt that is lost while it is prepared enters `preparing` again. Each attempt has a token of its own.
 `TRANSITIONS` is the only table of what may follow what. Progress is not durable: it lives with the process that
 runs the job and never reaches the record.
 """
@@ -40,8 +43,8 @@ class JobState(StrEnum):
 
 TRANSITIONS: Final[dict[JobState, frozenset[JobState]]] = {
     JobState.QUEUED: frozenset({JobState.PREPARING, JobState.FAILED, JobState.CANCELLED}),
-    JobState.PREPARING: frozenset({JobState.RUNNING, JobState.FAILED, JobState.CANCELLED}),
-    JobState.RUNNING: frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}),
+    JobState.PREPARING: frozenset({JobState.PREPARING, JobState.RUNNING, JobState.FAILED, JobState.CANCELLED}),
+    JobState.RUNNING: frozenset({JobState.PREPARING, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}),
     JobState.SUCCEEDED: frozenset(),
     JobState.FAILED: frozenset(),
     JobState.CANCELLED: frozenset(),
@@ -69,7 +72,7 @@ class JobRecord(BaseModel):
     request_id: str
     principal: str = Field(default=ANONYMOUS, description="Who owns it: an API key's name.")
     state: JobState
-    at: dict[JobState, datetime] = Field(description="When each state was entered (UTC).")
+    at: dict[JobState, datetime] = Field(description="When each state was entered last (UTC).")
     attempt_token: str
     request: GenerateRequest
     parameters: GenerationParameters

@@ -65,6 +65,7 @@ class Generator:
             encode=settings.encode,
             executor=ThreadPoolExecutor(max_workers=2 * settings.max_dispatched_jobs, thread_name_prefix="wan-encode"),
             metrics=self._metrics,
+            patience_s=settings.storage.patience_s,
         )
         self._model = ModelHealth(
             profile=profile.name, revision=found.revision, loaded=True, dtype=dtype, device=str(device)

@@ -14,7 +14,7 @@ from serve_graph.api.auth import Authenticator
 from serve_graph.api.clip_files import SignedClips
 from serve_graph.api.routes import Service
 from serve_graph.health import HealthMonitor
-from serve_graph.jobs import JobService, QueueLimits
+from serve_graph.jobs import JobService, Patiences, QueueLimits
 from serve_graph.logs import configure_logging
 from serve_graph.metrics import IngressMetrics, merge, new_registry, snapshot
 from serve_graph.niceness import step_back
@@ -50,6 +50,7 @@ class Ingress:
             records=JobRecords(opened.store),
             presigner=opened.presigner,
             limits=QueueLimits(settings.queue.max_waiting_jobs, settings.max_dispatched_jobs),
+            patiences=Patiences(settings.queue.worker_patience_s, settings.storage.patience_s),
             default_url_ttl=settings.default_url_ttl,
             hash_secret=opened.hash_secret,
             metrics=self._metrics,

@@ -7,9 +7,10 @@ here, progress above all, dies with the process. The rest of the graph is behind
 
 import asyncio
 import contextvars
+import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import Executor
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -25,22 +26,25 @@ from schemas.errors import (
     InvalidRequest,
     JobCancelled,
     JobNotFound,
+    ModelNotReady,
     Problem,
     QueueFull,
     QuotaExceeded,
     RecordedFailure,
     ShuttingDown,
+    StoreUnavailable,
     WanError,
     WorkerLost,
 )
 from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask, Started
-from schemas.health import LastError, QueueHealth
+from schemas.health import GeneratorHealth, LastError, QueueHealth
 from schemas.jobs import Job, JobRecord, JobState, Progress, RenderedClip, job_id_of, new_job_id
 from schemas.model_profile import ModelProfile
 from schemas.requests import GenerateRequest, GenerationParameters, url_ttl
 from serve_graph.api_keys import NOBODY, Principal
-from serve_graph.logs import log_failure, log_job
+from serve_graph.logs import log_event, log_failure, log_job
 from serve_graph.metrics import IngressMetrics
+from serve_graph.patience import Patience
 from serve_graph.prompts import clean_prompt, prompt_hash, surely_fits
 from storage.job_records import JobRecords
 from storage.keys import clip_key
@@ -48,7 +52,15 @@ from storage.store import PreconditionFailed, PresignedUrl, Presigner
 
 T = TypeVar("T")
 
+WATCH_INTERVAL_S = 10.0
+"""Between two looks at the worker while a job runs."""
+
+_STOPPED = "the service was stopped before the job was done; send the request again elsewhere or later"
+
 MAX_RETRY_AFTER_S = 600
+
+MAX_ATTEMPTS = 3
+"""Attempts at one job whose worker may be lost: the job itself may be what ends the process."""
 
 
 class Worker(Protocol):
@@ -63,6 +75,9 @@ class Worker(Protocol):
     def render(self, task: RenderTask, prompt: PreparedPrompt) -> AsyncGenerator[RenderEvent, None]:
         """Render one clip; ends with the `RenderedClip`. Closing the iterator cancels the work."""
 
+    async def health(self) -> GeneratorHealth:
+        """Raises WanError when one of the two does not answer in time."""
+
 
 @dataclass(frozen=True)
 class QueueLimits:
@@ -70,6 +85,14 @@ class QueueLimits:
 
     max_waiting_jobs: int
     max_dispatched_jobs: int
+
+
+@dataclass(frozen=True)
+class Patiences:
+    """How long a job waits for a lost worker to be replaced, and for a store that is away, in seconds."""
+
+    worker_s: float
+    store_s: float
 
 
 @dataclass
@@ -98,6 +121,7 @@ class JobService:
         records: JobRecords,
         presigner: Presigner,
         limits: QueueLimits,
+        patiences: Patiences,
         default_url_ttl: timedelta,
         hash_secret: bytes,
         metrics: IngressMetrics,
@@ -109,6 +133,7 @@ class JobService:
         self._records = records
         self._presigner = presigner
         self._limits = limits
+        self._patiences = patiences
         self._default_url_ttl = default_url_ttl
         self._clip_retention = clip_retention
         self._hash_secret = hash_secret
@@ -118,6 +143,7 @@ class JobService:
         self._submitting: Counter[str] = Counter()
         self._creating: dict[str, asyncio.Task[None]] = {}
         self._draining = False
+        self._hurrying = False
         self._slots = asyncio.Semaphore(limits.max_dispatched_jobs)
         self._mean_job_s: float | None = None
         self.last_error: LastError | None = None
@@ -225,6 +251,7 @@ class JobService:
             return
         _, late = await asyncio.wait(tasks.values(), timeout=timeout_s)
         if late:
+            self._hurrying = True
             for job_id in list(self._live):
                 self.cancel(job_id)
             await asyncio.wait(late)
@@ -287,10 +314,11 @@ class JobService:
         state, clip, error = JobState.FAILED, None, None
         try:
             async with self._slots:
-                clip = await self._render(live)
+                clip = await self._watched(self._attempts(live))
             state = JobState.SUCCEEDED
         except asyncio.CancelledError:
-            state, error = JobState.CANCELLED, JobCancelled().problem(job_id=live.record.job_id)
+            why = ShuttingDown(_STOPPED) if self._hurrying else JobCancelled()
+            state, error = JobState.CANCELLED, why.problem(job_id=live.record.job_id)
         except Exception as failure:  # whatever it is, the job has to end
             known = failure if isinstance(failure, WanError) else InternalError()
             if known.status >= 500:
@@ -304,10 +332,81 @@ class JobService:
             live.ended.set()
             self._tell_metrics()
 
+    async def _watched(self, attempts: Coroutine[Any, Any, RenderedClip]) -> RenderedClip:
+        """What the attempts come to. Raises WorkerLost when the worker stays away: a call to it may wait for ever."""
+        working, watching = asyncio.create_task(attempts), asyncio.create_task(self._worker_stays_away())
+        try:
+            await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            watching.result()
+            raise WorkerLost("the model has been away for too long; send the request again later", 60)
+        finally:
+            working.cancel()
+            watching.cancel()
+            await asyncio.gather(working, watching, return_exceptions=True)
+
+    async def _worker_stays_away(self) -> None:
+        """Returns once the worker has been away for as long as a job waits for it."""
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            patience = Patience(self._patiences.worker_s)
+            if not await self._worker_answers() and not await self._worker_is_back(patience):
+                return
+
+    async def _attempts(self, live: _LiveJob) -> RenderedClip:
+        """One attempt after another, until one ends by itself: a worker that is lost is not the job's fault."""
+        lost, patience = 0, None
+        while True:
+            try:
+                return await self._render(live)
+            except (WorkerLost, ModelNotReady, ShuttingDown) as failure:
+                if not isinstance(failure, ModelNotReady):
+                    lost += 1
+                if patience is None or live.started:
+                    patience = Patience(self._patiences.worker_s)
+                if lost == MAX_ATTEMPTS or not await self._worker_is_back(patience):
+                    raise
+                await self._forget_attempt(live, failure)
+
+    async def _worker_is_back(self, patience: Patience) -> bool:
+        while await patience.pause():
+            if await self._worker_answers():
+                return True
+        return False
+
+    async def _worker_answers(self) -> bool:
+        try:
+            await self._worker.health()
+        except WanError:
+            return False
+        return True
+
+    async def _forget_attempt(self, live: _LiveJob, failure: WanError) -> None:
+        """Make way for the next attempt: nothing of the lost one shows, or is left where it can be found."""
+        record = live.record
+        log_event(
+            "job_retried",
+            level=logging.WARNING,
+            job_id=record.job_id,
+            request_id=record.request_id,
+            error=failure.name,
+        )
+        self._metrics.job_retried(failure.name)
+        self.last_error = LastError(error=failure.name, job_id=record.job_id, at=datetime.now(UTC))
+        if live.started:
+            await self._discard_clip(record)
+        live.started, live.progress = False, None
+        self._tell_metrics()
+
     async def _render(self, live: _LiveJob) -> RenderedClip:
+        """One attempt. Its token is new unless it is the job's first."""
         taken = time.monotonic()
         parameters = live.record.parameters
-        _, prompt = await asyncio.gather(self._transition(live, JobState.PREPARING), self._worker.prepare(parameters))
+        token = {} if live.record.state is JobState.QUEUED else {"attempt_token": token_hex(8)}
+        _, prompt = await asyncio.gather(
+            self._transition(live, JobState.PREPARING, **token), self._worker.prepare(parameters)
+        )
         prepared = time.monotonic()
         task = RenderTask(
             job_id=live.record.job_id,
@@ -374,11 +473,22 @@ class JobService:
 
         async def write() -> None:
             async with live.writing:
-                live.record, live.etag = await self._io(
-                    lambda: self._records.transition(live.record, live.etag, state, **changes)
-                )
+                moved = self._records.moved(live.record, state, **changes)
+                live.etag = await self._write(moved, live.etag)
+                live.record = moved
 
         await asyncio.shield(write())
+
+    async def _write(self, moved: JobRecord, etag: str) -> str:
+        """Put a record in the place of its last version, again and again while the store is away."""
+        patience, again = Patience(self._patiences.store_s), False
+        while True:
+            try:
+                return await self._io(lambda again=again: self._records.write(moved, etag, again=again))
+            except StoreUnavailable:
+                if self._hurrying or not await patience.pause():
+                    raise
+                again = True
 
     async def _record(self, job_id: str) -> JobRecord:
         record, _ = await self._io(self._records.get, job_id)

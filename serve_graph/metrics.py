@@ -17,7 +17,16 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from schemas.clips import Timings
-from schemas.errors import InternalError, StoreFull, StoreUnavailable, Unavailable, WanError
+from schemas.errors import (
+    InternalError,
+    ModelNotReady,
+    ShuttingDown,
+    StoreFull,
+    StoreUnavailable,
+    Unavailable,
+    WanError,
+    WorkerLost,
+)
 from schemas.jobs import JobState
 
 CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4
@@ -91,6 +100,7 @@ _HTTP_DURATION = _histogram(
 _JOBS = _counter("wan_jobs_total", "Jobs that ended; error is the problem's name.", "outcome", "error")
 _JOB_DURATION = _histogram("wan_job_duration_seconds", _LONG_S, "Seconds from a job's creation to its end.", "outcome")
 _JOB_STAGE = _histogram("wan_job_stage_seconds", _LONG_S, "Seconds a job that succeeded spent in a stage.", "stage")
+_JOB_RETRIES = _counter("wan_job_retries_total", "Attempts begun anew since the last one's worker was lost.", "error")
 _JOBS_WAITING = _gauge("wan_jobs_waiting", "Jobs that wait for a slot of the generator.")
 _JOBS_RUNNING = _gauge("wan_jobs_running", "Jobs that hold a slot of the generator.")
 _QUEUE_CAPACITY = _gauge("wan_queue_capacity", "Jobs that may wait before requests get a 429.")
@@ -115,7 +125,7 @@ _MODEL_INFO = _gauge("wan_model_info", "1 for the loaded model.", "profile", "re
 _DEVICE_MEMORY = _gauge("wan_device_memory_used_bytes", "Bytes of the accelerator's memory in use.")
 
 FAMILIES: Final = (
-    *(_HTTP_REQUESTS, _HTTP_DURATION, _JOBS, _JOB_DURATION, _JOB_STAGE),
+    *(_HTTP_REQUESTS, _HTTP_DURATION, _JOBS, _JOB_DURATION, _JOB_STAGE, _JOB_RETRIES),
     *(_JOBS_WAITING, _JOBS_RUNNING, _QUEUE_CAPACITY),
     *(_ENCODE, _ENCODE_BATCH, _CACHE_HITS, _CACHE_MISSES, _CACHE_BYTES, _PROMPT_TOKENS),
     *(_STEP, _STEP_BATCH, _FORWARDS, _IN_FLIGHT, _WASTED_STEPS),
@@ -155,6 +165,7 @@ class IngressMetrics:
         self._jobs = _JOBS.counter(registry)
         self._job_duration = _JOB_DURATION.histogram(registry)
         self._stage = _JOB_STAGE.histogram(registry)
+        self._retries = _JOB_RETRIES.counter(registry)
         self._waiting = _JOBS_WAITING.gauge(registry)
         self._running = _JOBS_RUNNING.gauge(registry)
         self._capacity = _QUEUE_CAPACITY.gauge(registry)
@@ -180,6 +191,10 @@ class IngressMetrics:
             for stage in STAGES:
                 self._stage.labels(stage).observe(getattr(timings, stage))
 
+    def job_retried(self, error: str) -> None:
+        """Record one attempt that takes the place of a lost one. error: the name of what lost it."""
+        self._retries.labels(error_label(error)).inc()
+
     def set_queue(self, waiting: int, running: int, capacity: int) -> None:
         """Set the three gauges of the queue, in jobs."""
         self._waiting.set(waiting)
@@ -198,6 +213,8 @@ class IngressMetrics:
         for name, status in PROBLEMS.items():
             if status >= 500:
                 self._jobs.labels(JobState.FAILED.value, name)
+        for error in (WorkerLost, ModelNotReady, ShuttingDown):
+            self._retries.labels(error.name)
 
 
 class PreprocessorMetrics:

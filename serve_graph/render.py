@@ -6,6 +6,7 @@ uploading run on worker threads, off the device's and the event loop's. Knows no
 
 import asyncio
 import hashlib
+import logging
 import tempfile
 import threading
 import time
@@ -19,16 +20,18 @@ import numpy as np
 import numpy.typing as npt
 
 from schemas.clips import Timings
-from schemas.errors import InternalError, JobCancelled, RenderFailed, WanError
+from schemas.errors import InternalError, JobCancelled, RenderFailed, StoreUnavailable, WanError
 from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask, Started
 from schemas.jobs import Progress, RenderedClip
 from serve_graph.encode import Mp4Writer
 from serve_graph.engine.job import Denoised, EngineEvent, EngineJob, Failed, Finished
 from serve_graph.engine.loop import Engine
+from serve_graph.logs import log_failure
 from serve_graph.metrics import GeneratorMetrics
+from serve_graph.patience import Patience
 from serve_graph.settings import EncodeSettings
 from storage.os_errors import store_errors
-from storage.store import ObjectStat, ObjectStore, StoreError
+from storage.store import ObjectStat, ObjectStore, PreconditionFailed, StoreError
 
 PROGRESS_INTERVAL_S = 0.25
 """Between two progress events of one job: no person sees more, and each costs a message between processes."""
@@ -172,6 +175,7 @@ class Renderer:
         encode: EncodeSettings,
         executor: Executor,
         metrics: GeneratorMetrics,
+        patience_s: float,
     ) -> None:
         self._engine = engine
         self._store = store
@@ -180,6 +184,7 @@ class Renderer:
         self._settings = encode
         self._executor = executor
         self._metrics = metrics
+        self._patience_s = patience_s
         spool.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     async def render(self, task: RenderTask, prompt: PreparedPrompt) -> AsyncGenerator[RenderEvent, None]:
@@ -235,14 +240,8 @@ class Renderer:
 
     async def _upload(self, task: RenderTask, path: Path, encoded: Encoded, finished: Finished) -> RenderedClip:
         began = time.monotonic()
-        putting = asyncio.get_running_loop().run_in_executor(
-            self._executor, lambda: self._store.put(task.clip_key, path, if_none_match=True)
-        )
         try:
-            await asyncio.shield(putting)
-        except asyncio.CancelledError:
-            await self._take_back(putting, task.clip_key)
-            raise
+            await self._put(task, path)
         except WanError as error:
             self._metrics.upload_failed(error.name)
             raise
@@ -261,6 +260,36 @@ class Renderer:
                 upload=time.monotonic() - began,
             ),
         )
+
+    async def _put(self, task: RenderTask, path: Path) -> None:
+        """Put the clip into the store, again and again while the store is away; it stays in the spool meanwhile."""
+        patience, away = Patience(self._patience_s), False
+        while True:
+            putting = asyncio.get_running_loop().run_in_executor(
+                self._executor, lambda: self._store.put(task.clip_key, path, if_none_match=True)
+            )
+            try:
+                await asyncio.shield(putting)
+                return
+            except asyncio.CancelledError:
+                await self._take_back(putting, task.clip_key)
+                raise
+            except StoreUnavailable as failure:
+                if not away:
+                    log_failure(
+                        "upload_waits",
+                        failure,
+                        level=logging.WARNING,
+                        job_id=task.job_id,
+                        request_id=task.request_id,
+                    )
+                away = True
+                if not await patience.pause():
+                    raise
+            except PreconditionFailed:
+                if away:  # an earlier try was written after all: no other attempt has this key
+                    return
+                raise
 
     async def _take_back(self, putting: asyncio.Future[ObjectStat], clip_key: str) -> None:
         """After a cancel in the middle of an upload, which can't be stopped: nobody will ever ask for the clip."""

@@ -227,6 +227,8 @@ def _ray_environment(settings: Settings) -> Iterator[None]:
         RAY_AUTH_TOKEN_PATH=str(token),
         RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=CALLBACK,
         RAY_worker_niceness=str(RAY_WORKER_NICENESS),  # added to this process's own
+        RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S="1",  # a dead proxy is replaced after three checks; by default every 10 s
+        RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS="1",  # a hung one would else get the drain's time to end what it can't
         # Our replicas never block their event loop, so they need no second one; two threads fewer fight for the GIL.
         RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD="0",
         RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP="0",

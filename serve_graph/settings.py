@@ -78,6 +78,9 @@ class StorageSettings(_Section):
     clip_retention_days: int | None = Field(
         default=None, ge=1, description="The bucket deletes clips after so many days; `null`: its rules are left alone."
     )
+    patience_s: float = Field(
+        default=300.0, ge=0, description="How long a rendered clip, or a job's record, waits for a store that is away."
+    )
 
     @model_validator(mode="after")
     def _bucket_is_named(self) -> "StorageSettings":
@@ -101,6 +104,9 @@ class QueueSettings(_Section):
         default=2, ge=0, description="Jobs handed to the generator beyond its slots, so that it never idles."
     )
     drain_timeout_s: float = Field(default=60.0, ge=0, description="How long running jobs may finish at a stop.")
+    worker_patience_s: float = Field(
+        default=600.0, ge=0, description="How long a job waits for a lost generator or preprocessor to be replaced."
+    )
 
 
 class EngineSettings(_Section):

@@ -1,6 +1,7 @@
 """Job records as JSON objects in a store. Owns their life by compare-and-swap; knows no runner of jobs."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Final, TypedDict, Unpack
 
@@ -9,7 +10,7 @@ from pydantic import ValidationError
 from schemas.errors import InternalError, JobNotFound, Problem
 from schemas.jobs import TRANSITIONS, JobRecord, JobState, RenderedClip
 from storage.keys import clip_key, job_key
-from storage.store import InvalidKey, ObjectNotFound, ObjectStore, StoreError
+from storage.store import InvalidKey, ObjectNotFound, ObjectStore, PreconditionFailed, StoreError
 
 RECORD_VERSION: Final = 1
 
@@ -73,26 +74,38 @@ class JobRecords:
         """Delete what this record's attempt may have left in the store; the key's token is no other attempt's."""
         self._store.delete(clip_key(record.clip_id, record.attempt_token))
 
-    def transition(
-        self, record: JobRecord, etag: str, to_state: JobState, **changes: Unpack[JobChanges]
-    ) -> tuple[JobRecord, str]:
-        """Move a job to its next state and stamp the time. Returns the new record and its ETag.
+    def moved(self, record: JobRecord, to_state: JobState, **changes: Unpack[JobChanges]) -> JobRecord:
+        """The record in its next state, with the time stamped. Writes nothing.
 
-        Args:
-            record: the record that was read or written last.
-            etag: its ETag.
-            to_state: the next state.
-            changes: what else changes.
-
-        Raises:
-            IllegalTransition: `schemas.jobs.TRANSITIONS` does not lead there. Nothing was written.
-            PreconditionFailed: another process changed or deleted the record meanwhile. Nothing was written.
+        Raises IllegalTransition: `schemas.jobs.TRANSITIONS` does not lead there.
         """
         if to_state not in TRANSITIONS[record.state]:
             raise IllegalTransition(record.state, to_state)
-        at = {**record.at, to_state: self._now()}
-        moved = record.model_copy(update={**changes, "state": to_state, "at": at})
-        return moved, self._store.put(job_key(record.job_id), _encode(moved), if_match=etag).etag
+        return record.model_copy(update={**changes, "state": to_state, "at": {**record.at, to_state: self._now()}})
+
+    def write(self, moved: JobRecord, etag: str, *, again: bool = False) -> str:
+        """Put what `moved` made in the place of the version with this ETag. Returns the new ETag.
+
+        again: an earlier try at the same write had no answer, so it may be there already.
+
+        Raises PreconditionFailed: another process changed or deleted the record meanwhile. Nothing was written.
+        """
+        try:
+            return self._store.put(job_key(moved.job_id), _encode(moved), if_match=etag).etag
+        except PreconditionFailed:
+            if again:
+                with suppress(JobNotFound):
+                    found, found_etag = self.get(moved.job_id)
+                    if found == moved:
+                        return found_etag
+            raise
+
+    def transition(
+        self, record: JobRecord, etag: str, to_state: JobState, **changes: Unpack[JobChanges]
+    ) -> tuple[JobRecord, str]:
+        """Move a job to its next state: `moved` and `write`. Returns the new record and its ETag."""
+        moved = self.moved(record, to_state, **changes)
+        return moved, self.write(moved, etag)
 
 
 def _encode(record: JobRecord) -> bytes:

@@ -17,12 +17,14 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 
 from schemas.clips import Timings
+from schemas.errors import StoreUnavailable
 from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask, Started, TextEmbedding
+from schemas.health import GeneratorHealth, ModelHealth
 from schemas.jobs import JobRecord, JobState, Progress, RenderedClip
 from schemas.model_profile import ModelProfile
 from schemas.official_profiles import WAN_TINY
 from schemas.requests import GenerationParameters
-from serve_graph.jobs import JobService, QueueLimits
+from serve_graph.jobs import JobService, Patiences, QueueLimits
 from serve_graph.metrics import IngressMetrics, new_registry
 from storage.job_records import JobRecords
 from storage.local import LocalStore
@@ -67,13 +69,16 @@ class ScriptedWorker:
     """A `serve_graph.jobs.Worker` that makes no video: it writes `CLIP_BYTES` under the task's key.
 
     Each stage stops at its gate and then raises the exception in `failures`, where there is one for it:
-    `check`, `prepare`, `queued` (handed over, not started), `running` (after the first progress).
+    `check`, `prepare`, `queued` (handed over, not started), `running` (after the first progress). `passing`
+    holds exceptions that are raised once each, before those. `health` is such a stage, too.
     """
 
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
-        self.gates = {stage: Gate() for stage in ("check", "prepare", "queued", "running")}
+        self.gates = {stage: Gate() for stage in ("check", "prepare", "queued", "running", "health")}
         self.failures: dict[str, Exception] = {}
+        self.passing: dict[str, list[Exception]] = {}
+        self.tasks: list[RenderTask] = []
         self.rendering: set[str] = set()
         self.rendered: list[str] = []
         self.ends_without_clip = False
@@ -87,6 +92,7 @@ class ScriptedWorker:
         return PreparedPrompt(positive=row, negative=row)
 
     async def render(self, task: RenderTask, prompt: PreparedPrompt) -> AsyncGenerator[RenderEvent, None]:
+        self.tasks.append(task)
         self.rendering.add(task.job_id)
         try:
             await self._stage("queued")
@@ -102,8 +108,15 @@ class ScriptedWorker:
         finally:
             self.rendering.discard(task.job_id)
 
+    async def health(self) -> GeneratorHealth:
+        await self._stage("health")
+        model = ModelHealth(profile="wan-tiny", revision=None, loaded=True, dtype="float32", device="cpu")
+        return GeneratorHealth(model=model, gpu=None)
+
     async def _stage(self, stage: str) -> None:
         await self.gates[stage].pass_through()
+        if self.passing.get(stage):
+            raise self.passing[stage].pop(0)
         if stage in self.failures:
             raise self.failures[stage]
 
@@ -116,6 +129,8 @@ class WatchedStore(LocalStore):
         self.folder = folder
         self.recorded: list[JobState] = []
         self.failures: dict[JobState, Exception] = {}
+        self.passing: dict[JobState, list[Exception]] = {}
+        self.lost_answers: set[JobState] = set()
         self._held: dict[JobState, tuple[threading.Event, threading.Event]] = {}
 
     def hold(self, state: JobState) -> None:
@@ -141,8 +156,13 @@ class WatchedStore(LocalStore):
             assert released.wait(PATIENCE_S)
         if state in self.failures:
             raise self.failures[state]
+        if self.passing.get(state):
+            raise self.passing[state].pop(0)
         stat = super().put(key, body, if_none_match=if_none_match, if_match=if_match)
         self.recorded.append(state)
+        if state in self.lost_answers:
+            self.lost_answers.remove(state)
+            raise StoreUnavailable("the answer was lost")
         return stat
 
 
@@ -190,6 +210,8 @@ def open_jobs(
     max_waiting_jobs: int = 8,
     max_dispatched_jobs: int = 4,
     clip_retention: timedelta | None = None,
+    worker_patience_s: float = 0.0,
+    store_patience_s: float = 0.0,
 ) -> Iterator[Jobs]:
     """A job service over the real store and records; only the worker is scripted."""
     clock = Clock()
@@ -204,6 +226,7 @@ def open_jobs(
             records=records,
             presigner=presigner,
             limits=QueueLimits(max_waiting_jobs, max_dispatched_jobs),
+            patiences=Patiences(worker_patience_s, store_patience_s),
             default_url_ttl=timedelta(seconds=600),
             hash_secret=b"h" * 32,
             metrics=metrics,

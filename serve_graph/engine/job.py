@@ -120,7 +120,7 @@ class EngineJob:
         latents = self.denoising.latents
         self.denoise_s = self._phase_seconds()
         self.notify(Denoised(latents))
-        self._decoding = Decoding(parts.vae, latents)
+        self._decoding = Decoding(parts.vae, latents, may_tile=not self.parameters.reproducible)
         self._denoising = None
 
     def finish(self) -> None:

@@ -12,13 +12,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from schemas.errors import JobCancelled, OutOfMemory, RenderFailed, ShuttingDown, WanError, WorkerLost
 from schemas.handoff import Started
 from schemas.jobs import Progress
 from serve_graph.engine.checkpoint import GeneratorParts
-from serve_graph.engine.decode import to_uint8
 from serve_graph.engine.denoise import denoise_step
 from serve_graph.engine.job import EngineJob, Failed
 from serve_graph.engine.pace import Pace
@@ -163,7 +164,10 @@ class Engine:
 
     def _decode(self, job: EngineJob) -> None:
         began = time.monotonic()
-        if not self._guarded([job], lambda: job.sink.write(to_uint8(job.decoding.next_chunk()))):
+        decoded: list[npt.NDArray[np.uint8]] = []
+        if not self._guarded([job], lambda: decoded.append(job.decoding.next_frames()), job.decoding.start_smaller):
+            return
+        if len(decoded[0]) and not self._guarded([job], lambda: job.sink.write(decoded[0])):
             return
         self._pace.saw_chunk(job.shape, time.monotonic() - began)
         self._tell_progress(job)
@@ -171,8 +175,13 @@ class Engine:
             self._remove(job)
             job.finish()
 
-    def _guarded(self, jobs: Sequence[EngineJob], unit: Callable[[], None]) -> bool:
-        """Run one unit of work for `jobs`. Returns whether it succeeded; a failure ends only who caused it."""
+    def _guarded(
+        self, jobs: Sequence[EngineJob], unit: Callable[[], None], start_smaller: Callable[[], bool] = lambda: False
+    ) -> bool:
+        """Run one unit of work for `jobs`. Returns whether it succeeded; a failure ends only who caused it.
+
+        start_smaller: asked after running out of memory; where it returns True, nobody ends.
+        """
         self._busy_since = time.monotonic()
         try:
             unit()
@@ -185,7 +194,8 @@ class Engine:
             return True
         finally:
             self._busy_since = None
-        if len(jobs) == 1:
+        again = isinstance(problem, OutOfMemory) and start_smaller()
+        if len(jobs) == 1 and not again:
             self._end(jobs[0], problem)
         for job in jobs:
             job.suspect = True

@@ -25,14 +25,18 @@ def free_port() -> int:
         return port
 
 
-def write_config(folder: Path, **args: Any) -> Path:
-    """A Serve config like configs/local.yaml, with its data under `folder` and `args` over it."""
+def write_config(folder: Path, deployments: list[dict[str, Any]] | None = None, **args: Any) -> Path:
+    """A Serve config like configs/local.yaml, with its data under `folder` and `args` over it.
+
+    deployments: Serve's options for some of them.
+    """
     config = yaml.safe_load(Path("configs/local.yaml").read_text())
     config["applications"][0]["args"] = {
         "data_dir": str(folder / "data"),
         "storage": {"kind": "local", "folder": str(folder / "store")},
         **args,
     }
+    config["applications"][0]["deployments"] = deployments or []
     path = folder / "serve.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

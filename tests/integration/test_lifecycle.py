@@ -11,6 +11,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.integration.load import wait_running
 from tests.integration.service import RunningService, run_serve, write_config
 
 JOB = {"prompt": "a blue square", "num_frames": 81, "num_inference_steps": 100}
@@ -27,36 +28,53 @@ def test_serve_finishes_running_work_and_leaves_no_process_when_stopped(tmp_path
     family = service.family()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         running = pool.submit(post, service)
-        while httpx.get(service.base + "/health", timeout=30).json()["queue"]["running"] == 0:
-            pass
+        wait_running(service)
         code = service.stop(number)
         answer = running.result()
     assert answer.status_code == 200, answer.text
+    assert_nothing_is_left(service, family, code)
+
+
+def test_stop_under_load_ends_what_runs_and_refuses_what_comes(tmp_path: Path) -> None:
+    service = RunningService(tmp_path).wait_ready()
+    family = service.family()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(post, service) for _ in range(4)]
+        wait_running(service, len(running))
+        service.process.send_signal(signal.SIGTERM)
+        with service.client() as http:
+            while http.get("/health/ready").status_code == 200:
+                pass
+            refused = http.post("/generate", json=JOB)
+        code = service.stop()
+        answers = [answer.result() for answer in running]
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert (refused.status_code, refused.json()["type"]) == (503, "urn:wan-serve:problem:shutting-down")
+    assert int(refused.headers["retry-after"]) >= 1
+    assert_nothing_is_left(service, family, code)
+
+
+def test_stop_ends_what_is_late_and_says_so(tmp_path: Path) -> None:
+    service = RunningService(tmp_path, queue={"drain_timeout_s": 0.5}).wait_ready()
+    family = service.family()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(post, service) for _ in range(4)]
+        wait_running(service, len(running))
+        code = service.stop()
+        answers = [answer.result() for answer in running]
+    assert [answer.status_code for answer in answers] == [503] * 4
+    assert {answer.json()["type"] for answer in answers} == {"urn:wan-serve:problem:shutting-down"}
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers)
+    assert [line["state"] for line in service.log("job")] == ["cancelled"] * 4
+    assert_nothing_is_left(service, family, code)
+    assert list((tmp_path / "store").glob("clips/**/*.mp4")) == []
+
+
+def assert_nothing_is_left(service: RunningService, family: list[psutil.Process], code: int) -> None:
     assert code == 0, service.output()
     assert psutil.wait_procs(family, timeout=10)[1] == []
-    assert list((tmp_path / "data" / "spool").rglob("*.mp4")) == []
-    assert list((tmp_path / "data" / "run").iterdir()) == []
-
-
-def test_killed_generator_is_replaced_and_the_next_request_works(tmp_path: Path) -> None:
-    service = RunningService(tmp_path).wait_ready()
-    try:
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            running = pool.submit(post, service)
-            while httpx.get(service.base + "/health", timeout=30).json()["queue"]["running"] == 0:
-                pass
-            service.replica("Generator").kill()
-            lost = running.result()
-        assert (lost.status_code, lost.json()["type"]) == (503, "urn:wan-serve:problem:worker-lost")
-        assert int(lost.headers["retry-after"]) >= 1
-        with service.client() as http:
-            while http.get("/health/ready").status_code != 200:
-                pass
-            assert http.post("/generate", json={"prompt": "again"}).status_code == 200
-            assert http.get("/health").json()["last_error"]["error"] == "worker-lost"
-        assert list((tmp_path / "data" / "spool").rglob("job_*")) == []
-    finally:
-        service.stop()
+    assert list((service.folder / "data" / "spool").rglob("job_*")) == []
+    assert list((service.folder / "data" / "run").iterdir()) == []
 
 
 def test_two_services_share_a_data_folder(tmp_path: Path) -> None:

@@ -30,12 +30,16 @@ def test_a_job_may_fail_or_be_cancelled_from_every_state_before_its_end(state: J
 
 
 def test_a_job_succeeds_only_after_it_was_queued_prepared_and_run() -> None:
-    way = [JobState.SUCCEEDED]
-    while way[0] is not JobState.QUEUED:
-        (before,) = [state for state, following in TRANSITIONS.items() if way[0] in following]
-        way.insert(0, before)
+    assert leads_to(JobState.SUCCEEDED) == {JobState.RUNNING}
+    assert leads_to(JobState.RUNNING) == {JobState.PREPARING}
 
-    assert way == [JobState.QUEUED, JobState.PREPARING, JobState.RUNNING, JobState.SUCCEEDED]
+
+def test_another_attempt_is_prepared_and_run_as_the_first_one_was() -> None:
+    assert leads_to(JobState.PREPARING) == {JobState.QUEUED, JobState.PREPARING, JobState.RUNNING}
+
+
+def leads_to(wanted: JobState) -> set[JobState]:
+    return {state for state, following in TRANSITIONS.items() if wanted in following}
 
 
 def test_nothing_leads_back_to_queued() -> None:

@@ -704,7 +704,8 @@ async def test_drain_cancels_what_is_late(tmp_path: Path) -> None:
         await jobs.service.drain(0)
         for record in records:
             assert jobs.record(record.job_id).state is JobState.CANCELLED
-            assert (await ended(jobs, record.job_id)).name == "job-cancelled"
+            problem = await ended(jobs, record.job_id)
+            assert (problem.name, problem.status, problem.retry_after_s) == ("shutting-down", 503, 5)
         assert_nothing_is_left(jobs)
 
 

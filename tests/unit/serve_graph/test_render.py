@@ -80,6 +80,7 @@ def make_renderer(
             "encode": EncodeSettings(),
             "executor": executor,
             "metrics": generator_metrics,
+            "patience_s": 0.0,
         }
         return Renderer(engine, **{**usual, **changes})
 
@@ -570,6 +571,62 @@ async def test_render_cancelled_in_the_middle_of_its_upload_leaves_no_clip(
 
     rendering.cancel()
     store.let_go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await rendering
+
+    assert store.list("").stats == ()
+    assert left_in(spool) == []
+
+
+class AbsentStore(LocalStore):
+    """A store that is away for the first uploads. writes_first: they arrive, and their answers are lost."""
+
+    def __init__(self, folder: Path, *, writes_first: bool) -> None:
+        super().__init__(folder)
+        self.absences = 2
+        self.refused = threading.Event()
+        self._writes_first = writes_first
+
+    def put(self, key: str, body: bytes | Path, **conditions: Any) -> ObjectStat:
+        if self.absences == 0:
+            return super().put(key, body, **conditions)
+        self.absences -= 1
+        self.refused.set()
+        if self._writes_first:
+            super().put(key, body, **conditions)
+        raise StoreUnavailable("the object store does not answer")
+
+
+@pytest.mark.parametrize("writes_first", [False, True])
+async def test_render_keeps_the_clip_until_the_store_is_back(
+    make_renderer: MakeRenderer,
+    task: RenderTask,
+    prompt: PreparedPrompt,
+    spool: Path,
+    tmp_path: Path,
+    registry: CollectorRegistry,
+    writes_first: bool,
+) -> None:
+    store = AbsentStore(tmp_path / "absent", writes_first=writes_first)
+
+    events = await collect(make_renderer(store=store, patience_s=PATIENCE_S).render(task, prompt))
+
+    clip = events[-1]
+    assert isinstance(clip, RenderedClip)
+    assert hashlib.sha256(store.get(task.clip_key).body).hexdigest() == clip.sha256
+    assert registry.get_sample_value("wan_upload_errors_total", {"error": "store-unavailable"}) == 0
+    assert left_in(spool) == []
+
+
+async def test_render_cancelled_while_the_store_is_away_leaves_nothing_in_the_spool(
+    make_renderer: MakeRenderer, task: RenderTask, prompt: PreparedPrompt, spool: Path, tmp_path: Path, quiet_loop: None
+) -> None:
+    store = AbsentStore(tmp_path / "absent", writes_first=False)
+    store.absences = 99
+    rendering = asyncio.create_task(collect(make_renderer(store=store, patience_s=PATIENCE_S).render(task, prompt)))
+    assert await asyncio.to_thread(store.refused.wait, PATIENCE_S)
+
+    rendering.cancel()
     with pytest.raises(asyncio.CancelledError):
         await rendering
 

@@ -122,6 +122,27 @@ def test_transition_does_not_revive_a_deleted_record(records: JobRecords, store:
         records.transition(record, etag, JobState.PREPARING)
 
 
+def test_write_again_takes_its_own_earlier_write_for_done(records: JobRecords) -> None:
+    record = new_record()
+    etag = records.create(record)
+    moved = records.moved(record, JobState.PREPARING)
+    first = records.write(moved, etag)
+    with pytest.raises(PreconditionFailed):
+        records.write(moved, etag)
+    assert records.write(moved, etag, again=True) == first
+
+
+def test_write_again_is_lost_where_another_came_first(records: JobRecords, store: LocalStore) -> None:
+    record = new_record()
+    etag = records.create(record)
+    records.transition(record, etag, JobState.CANCELLED)
+    with pytest.raises(PreconditionFailed):
+        records.write(records.moved(record, JobState.PREPARING), etag, again=True)
+    store.delete(job_key(record.job_id))
+    with pytest.raises(PreconditionFailed):
+        records.write(records.moved(record, JobState.PREPARING), etag, again=True)
+
+
 def damaged_bodies() -> dict[str, bytes]:
     good = new_record().model_dump_json().encode()
     return {

@@ -108,3 +108,55 @@ def test_to_uint8_rounds_to_the_nearest_level() -> None:
     assert array.shape == (1, 1, 7, 3)
     assert array.flags.c_contiguous
     assert array[0, 0, :, 0].tolist() == [0, 0, 1, 127, 128, 254, 255]
+
+
+@pytest.fixture
+def small_tiles(vae_with_patches: AutoencoderKLWan, monkeypatch: pytest.MonkeyPatch) -> AutoencoderKLWan:
+    """Its tiles are 48 pixels wide and high and begin every 32."""
+    for side in ("height", "width"):
+        monkeypatch.setattr(vae_with_patches, f"tile_sample_min_{side}", 48)
+        monkeypatch.setattr(vae_with_patches, f"tile_sample_stride_{side}", 32)
+    return vae_with_patches
+
+
+def frames_left(decoding: Decoding) -> np.ndarray:
+    frames = []
+    while not decoding.is_done:
+        frames.append(decoding.next_frames())
+    return np.concatenate(frames)
+
+
+def test_decoding_begun_anew_gives_every_frame_once(generator_parts: GeneratorParts) -> None:
+    expected = frames_left(Decoding(generator_parts.vae, noise(9)))
+    decoding = Decoding(generator_parts.vae, noise(9))
+    given = [decoding.next_frames(), decoding.next_frames()]
+
+    assert decoding.start_smaller()
+    given.append(frames_left(decoding))
+
+    assert np.array_equal(np.concatenate(given), expected)
+
+
+def test_decoding_begun_anew_twice_goes_on_in_tiles(small_tiles: AutoencoderKLWan) -> None:
+    with torch.inference_mode():
+        tiled = small_tiles.tiled_decode(denormalize(small_tiles, noise(10)), return_dict=False)[0]
+    expected = to_uint8((tiled * 0.5 + 0.5).clamp(0, 1)[0].permute(1, 2, 3, 0))
+    decoding = Decoding(small_tiles, noise(10), may_tile=True)
+    whole = [decoding.next_frames(), decoding.next_frames()]
+
+    assert decoding.start_smaller()
+    assert len(decoding.next_frames()) == 0
+    assert decoding.start_smaller()
+    left = frames_left(decoding)
+
+    assert sum(map(len, whole)) == 5
+    assert np.array_equal(left, expected[5:])
+    assert not decoding.start_smaller()
+
+
+@pytest.mark.parametrize(("may_tile", "size"), [(False, 8), (True, 6)], ids=["reproducible", "one tile"])
+def test_decoding_has_no_smaller_way_than_once_more(small_tiles: AutoencoderKLWan, may_tile: bool, size: int) -> None:
+    decoding = Decoding(small_tiles, noise(11, height=size, width=size), may_tile=may_tile)
+
+    assert decoding.start_smaller()
+    assert not decoding.start_smaller()

@@ -456,6 +456,57 @@ def test_engine_fails_only_the_job_whose_decode_runs_out_of_memory(
     assert np.array_equal(first.frames, alone.frames)
 
 
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_engine_decodes_once_more_after_running_out_of_memory(
+    engine: "Engine", generator_parts: GeneratorParts, make_probe: "MakeProbe", chunk: int
+) -> None:
+    calls = 0
+
+    def too_much_once(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == chunk + 1:
+            run_out_of_memory()
+
+    usual, hit = make_probe("usual"), make_probe("hit")
+    engine.submit(usual.job)
+    assert_finished(usual)
+
+    with generator_parts.vae.decoder.register_forward_pre_hook(too_much_once):
+        engine.submit(hit.job)
+        assert_finished(hit)
+
+    assert np.array_equal(hit.frames, usual.frames)
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_engine_decodes_in_tiles_where_the_whole_does_not_fit(
+    engine: "Engine",
+    generator_parts: GeneratorParts,
+    make_probe: "MakeProbe",
+    monkeypatch: pytest.MonkeyPatch,
+    reproducible: bool,
+) -> None:
+    """A reproducible job fails instead: its frames may not depend on the memory that is free."""
+    for side in ("height", "width"):
+        monkeypatch.setattr(generator_parts.vae, f"tile_sample_min_{side}", 48)
+        monkeypatch.setattr(generator_parts.vae, f"tile_sample_stride_{side}", 32)
+
+    def larger_than_a_tile(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        if args[0].shape[-1] > 48 // 8:
+            run_out_of_memory()
+
+    probe = make_probe("large", reproducible=reproducible)
+    with generator_parts.vae.decoder.register_forward_pre_hook(larger_than_a_tile):
+        engine.submit(probe.job)
+        if reproducible:
+            assert isinstance(error_of(probe), OutOfMemory)
+        else:
+            assert_finished(probe)
+            parameters = probe.job.parameters
+            assert probe.frames.shape == (parameters.num_frames, parameters.height, parameters.width, 3)
+
+
 def test_engine_fails_only_the_job_whose_forward_raises(
     make_engine: "MakeEngine",
     generator_parts: GeneratorParts,

@@ -1,0 +1,94 @@
+"""Each process of the service is killed in the middle of twenty requests. `-s` shows the figures."""
+
+import concurrent.futures
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from storage.job_records import JobRecords
+from storage.local import LocalStore
+from tests.integration.load import Outcome, report, run, send, wait_running
+from tests.integration.service import RunningService
+
+HASTY = {"name": "Generator", "health_check_period_s": 1, "health_check_timeout_s": 1}
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+    service = RunningService(tmp_path_factory.mktemp("victim")).wait_ready()
+    yield service
+    service.stop()
+
+
+@pytest.fixture(scope="module")
+def usual(victim: RunningService) -> list[Outcome]:
+    """The same requests with nothing in their way."""
+    return run(victim)
+
+
+def records(service: RunningService) -> JobRecords:
+    return JobRecords(LocalStore(service.folder / "store"))
+
+
+def proxy(service: RunningService) -> psutil.Process:
+    (found,) = [p for p in service.family() if "ProxyActor" in " ".join(p.cmdline())]
+    return found
+
+
+def left_over(service: RunningService) -> str:
+    store = LocalStore(service.folder / "store")
+    found = [JobRecords(store).get(stat.key[5:-5])[0] for stat in store.list("jobs/").stats]
+    named = {record.result.key for record in found if record.result is not None}
+    orphans = {stat.key for stat in store.list("clips/").stats} - named
+    return f"{Counter(record.state.value for record in found)}, {len(orphans)} orphans"
+
+
+@pytest.mark.parametrize("deployment", ["Generator", "Preprocessor"])
+def test_killed_worker_costs_no_job(victim: RunningService, usual: list[Outcome], deployment: str) -> None:
+    retried_before = len(victim.log("job_retried"))
+    outcomes = run(victim, lambda: victim.replica(deployment).kill())
+    num_retried = len(victim.log("job_retried")) - retried_before
+    print(f"\n{report(deployment, outcomes, usual)}; attempts begun anew {num_retried}")
+
+    assert [outcome.clip["sha256"] for outcome in outcomes] == [outcome.clip["sha256"] for outcome in usual]
+    assert {refusal for outcome in outcomes for refusal in outcome.refusals} <= {"model-not-ready", "worker-lost"}
+    for outcome in outcomes:
+        record, _ = records(victim).get(outcome.clip["job_id"])
+        assert record.result is not None
+        assert httpx.get(outcome.clip["output_url"]).status_code == 200
+    assert {line["state"] for line in victim.log("job")} == {"succeeded"}
+    assert num_retried >= (deployment == "Generator")  # text is encoded too quickly to be sure of a hit
+    assert list((victim.folder / "data" / "spool").rglob("job_*")) == []
+
+
+@pytest.mark.parametrize("part", ["Ingress", "Proxy"])
+def test_killed_front_serves_the_next_request(victim: RunningService, usual: list[Outcome], part: str) -> None:
+    process = proxy(victim) if part == "Proxy" else victim.replica(part)
+    outcomes = run(victim, process.kill)
+    print(f"\n{report(part, outcomes, usual)}; {left_over(victim)}")
+
+    assert [outcome.clip["sha256"] for outcome in outcomes] == [outcome.clip["sha256"] for outcome in usual]
+
+
+def test_hung_generator_is_replaced_and_its_job_tried_again(tmp_path: Path) -> None:
+    service = RunningService(tmp_path, deployments=[HASTY]).wait_ready()
+    try:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            sent = pool.submit(send, service, 7)
+            wait_running(service)
+            hung = service.replica("Generator")
+            hung.suspend()
+            outcome = sent.result()
+        print(f"\nhung generator: answered after {outcome.seconds:.1f} s; refusals {outcome.refusals}")
+        assert outcome.clip["seed"] == 7
+        assert outcome.refusals == []
+        assert [line["error"] for line in service.log("job_retried")] == ["worker-lost"]
+        assert httpx.get(service.base + "/health", timeout=30).json()["last_error"]["error"] == "worker-lost"
+        assert service.replica("Generator").pid != hung.pid
+        assert psutil.wait_procs([hung], timeout=10)[1] == []
+    finally:
+        service.stop()
