@@ -12,6 +12,7 @@ to a write is lost and its repetition refused, they tell whose object is there:
 import os
 import re
 import secrets
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ class S3Store:
     def __init__(self, options: S3Options, credentials: Provider) -> None:
         self._options = options
         self._client = S3Client(options, credentials)
+        self._unaborted: deque[tuple[str, str]] = deque()
         timeout_s = options.check_timeout_s
         hasty = options.model_copy(
             update={
@@ -193,6 +195,7 @@ class S3Store:
                 part_size_bytes=self._options.part_size_bytes,
                 headers=write.headers(key),
                 condition=write.condition,
+                unaborted=self._unaborted,
             )
         except RefusedRepetition as refusal:
             return self._settle(key, write, refusal.doubtful)

@@ -1,9 +1,11 @@
 """Large files in parts: begin, upload, complete, and abort when it fails, so that no parts stay.
 
-A process that dies in between leaves parts that nobody sees; our lifecycle rule (`storage.s3_lifecycle`)
-removes them after a day.
+An upload that can't be aborted, since the server is away, is aborted behind the next one that succeeds. A process
+that dies in between leaves parts that nobody sees; our lifecycle rule (`storage.s3_lifecycle`) removes them after
+a day.
 """
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from typing import BinaryIO, Final
@@ -25,6 +27,7 @@ def upload_parts(
     part_size_bytes: int,
     headers: Mapping[str, str],
     condition: Mapping[str, str],
+    unaborted: deque[tuple[str, str]],
 ) -> None:
     """Write the file, from where it stands to its end, as one object.
 
@@ -35,6 +38,7 @@ def upload_parts(
         part_size_bytes: of each part but the last; one part is in memory at a time.
         headers: of the object.
         condition: If-None-Match or nothing; some servers (Ceph 16) ignore it here.
+        unaborted: names and upload ids of earlier failures that are still to be aborted; this one's may join them.
 
     Raises:
         ObjectNotFound: the upload is gone: it was completed already, or somebody aborted it.
@@ -42,7 +46,7 @@ def upload_parts(
     """
     upload_id = _begin(client, name, headers)
     with ExitStack() as undo:
-        undo.callback(_abort, client, name, upload_id)
+        undo.callback(_abort, client, name, upload_id, unaborted)
         etags = [
             _upload(client, name, upload_id, number, part)
             for number, part in enumerate(_parts(file, part_size_bytes), start=1)
@@ -54,6 +58,9 @@ def upload_parts(
             undo.pop_all()
             raise
         undo.pop_all()
+    for _ in range(len(unaborted)):
+        with suppress(IndexError):  # another thread aborts it
+            _abort(client, *unaborted.popleft(), unaborted)
 
 
 def _begin(client: S3Client, name: str, headers: Mapping[str, str]) -> str:
@@ -84,6 +91,10 @@ def _complete(client: S3Client, name: str, upload_id: str, etags: list[str], con
         raise StoreUnavailable("the object store could not put the clip together")
 
 
-def _abort(client: S3Client, name: str, upload_id: str) -> None:
-    with suppress(ObjectNotFound, StoreUnavailable):  # what made the upload fail is the news
+def _abort(client: S3Client, name: str, upload_id: str, unaborted: deque[tuple[str, str]]) -> None:
+    try:
         client.send("DELETE", name, query={"uploadId": upload_id})
+    except ObjectNotFound:
+        return
+    except StoreUnavailable:  # what made the upload fail is the news
+        unaborted.append((name, upload_id))

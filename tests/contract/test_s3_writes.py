@@ -190,6 +190,27 @@ def test_put_in_parts_leaves_no_parts_when_it_fails(bucket: Bucket, clip_file: P
     assert bucket.names() == []
 
 
+def test_put_in_parts_tried_again_leaves_no_parts_of_the_first_try(bucket: Bucket, clip_file: Path) -> None:
+    """The server went away in the middle of the first try, which could not even be aborted."""
+    away = False
+
+    def leave_in_the_middle(request: Request) -> Response | None:
+        nonlocal away
+        away = away or "partNumber=2" in request.path
+        return None if away else forward(bucket.options.endpoint, request)
+
+    with http_server(lambda request: answer(request)) as proxy:
+        store = bucket.changed(endpoint=proxy).store
+        answer = leave_in_the_middle
+        with pytest.raises(StoreUnavailable):
+            store.put(CLIP, clip_file, if_none_match=True)
+        assert len(bucket.uploads()) == 1
+        answer = partial(forward, bucket.options.endpoint)
+        store.put(CLIP, clip_file, if_none_match=True)
+    assert bucket.uploads() == []
+    assert bucket.store.get(CLIP).body == CLIP_BYTES
+
+
 def test_put_in_parts_survives_lost_answers(bucket: Bucket, clip_file: Path) -> None:
     lost_part = First(lambda request: "partNumber=2" in request.path)
     lost_end = First(is_complete)
