@@ -33,7 +33,7 @@ def fuzz(base_url: str, folder: Path, max_examples: int) -> Outcome:
     report = folder / "report.json"
     command = [
         *(sys.executable, "-m", "schemathesis.cli", "run", f"{base_url}/openapi.json"),
-        *("--phases", PHASES),
+        *("--phases", PHASES, "--request-timeout", "60"),
         *("--max-examples", str(max_examples), "--continue-on-failure", "--no-color"),
         *("--exclude-checks", f"{REPLACED},{NOT_MEANT}", "--generation-database", "none"),
         *("--report", "json", "--report-json-path", str(report)),
