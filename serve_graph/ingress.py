@@ -49,7 +49,9 @@ class Ingress:
             worker=self._worker,
             records=JobRecords(opened.store),
             presigner=opened.presigner,
-            limits=QueueLimits(settings.queue.max_waiting_jobs, settings.max_dispatched_jobs),
+            limits=QueueLimits(
+                settings.queue.max_waiting_jobs, settings.max_dispatched_jobs, settings.engine.max_clip_pixels
+            ),
             patiences=Patiences(settings.queue.worker_patience_s, settings.storage.patience_s),
             default_url_ttl=settings.default_url_ttl,
             hash_secret=opened.hash_secret,

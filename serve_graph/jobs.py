@@ -81,10 +81,14 @@ class Worker(Protocol):
 
 @dataclass(frozen=True)
 class QueueLimits:
-    """max_waiting_jobs: beyond it, QueueFull. max_dispatched_jobs: handed to the worker at once."""
+    """max_waiting_jobs: beyond it, QueueFull. max_dispatched_jobs: handed to the worker at once.
+
+    max_clip_pixels: width x height x frames of one clip that fit into the device's memory; None: all that is legal.
+    """
 
     max_waiting_jobs: int
     max_dispatched_jobs: int
+    max_clip_pixels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,7 @@ class JobService:
         self._refuse_if_draining()
         parameters = self._profile.resolve(request)
         self._refuse_url_beyond_clip(request)
+        self._refuse_beyond_memory(parameters)
         cleaned = clean_prompt(parameters.prompt)
         if not cleaned:
             raise InvalidRequest([FieldError(field="prompt", message="is blank once it is cleaned as Wan does")])
@@ -259,6 +264,13 @@ class JobService:
     def _refuse_if_draining(self) -> None:
         if self._draining:
             raise ShuttingDown("the service is shutting down; send the request again elsewhere or later")
+
+    def _refuse_beyond_memory(self, parameters: GenerationParameters) -> None:
+        fitting, frame = self._limits.max_clip_pixels, parameters.width * parameters.height
+        if fitting is None or frame * parameters.num_frames <= fitting:
+            return
+        legal = f"at most {fitting // frame} frames of {parameters.width}x{parameters.height} fit into this device"
+        raise InvalidRequest([FieldError(field="num_frames", message=f"too many; {legal}", legal=legal)])
 
     def _refuse_url_beyond_clip(self, request: GenerateRequest) -> None:
         kept = self._clip_retention

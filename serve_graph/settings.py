@@ -114,6 +114,11 @@ class EngineSettings(_Section):
 
     max_jobs_in_flight: int = Field(default=8, ge=1, description="Slots of one generator.")
     max_batch_tokens: int = Field(default=1_024, ge=1, description="Latent tokens that share one forward.")
+    max_clip_pixels: int | None = Field(
+        default=None,
+        ge=1,
+        description="width x height x num_frames that fit into the device's memory; larger requests get a 422.",
+    )
     num_threads: int = Field(default=1, ge=1, description="CPU threads of one forward.")
     hang_timeout_s: float = Field(
         default=600.0,

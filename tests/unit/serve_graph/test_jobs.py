@@ -866,3 +866,17 @@ async def test_a_later_url_ends_with_its_clip(tmp_path: Path) -> None:
                 continue
             expires_in = (await jobs.service.clip_url(record.clip_id)).expires_at - jobs.clock()
             assert timedelta(0) < expires_in <= left
+
+
+# ---- memory
+
+
+async def test_a_clip_that_does_not_fit_into_the_device_is_refused(tmp_path: Path) -> None:
+    with open_jobs(tmp_path / "store", max_clip_pixels=64 * 64 * 17) as jobs:
+        with pytest.raises(InvalidRequest) as refusal:
+            await jobs.service.submit(REQUEST.model_copy(update={"num_frames": 21}), "request-1")
+        assert refusal.value.errors[0].legal == "at most 17 frames of 64x64 fit into this device"
+        assert jobs.job_records() == []
+
+        fitting = await jobs.service.submit(REQUEST.model_copy(update={"num_frames": 17}), "request-2")
+        await jobs.service.wait(fitting.job_id)
