@@ -2,7 +2,7 @@
 
 import concurrent.futures
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -15,6 +15,8 @@ from tests.integration.load import Outcome, report, run, send, wait_running
 from tests.integration.service import RunningService
 
 HASTY = {"name": "Generator", "health_check_period_s": 1, "health_check_timeout_s": 1}
+
+Tell = Callable[[str, str], None]
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +50,11 @@ def left_over(service: RunningService) -> str:
 
 
 @pytest.mark.parametrize("deployment", ["Generator", "Preprocessor"])
-def test_killed_worker_costs_no_job(victim: RunningService, usual: list[Outcome], deployment: str) -> None:
+def test_killed_worker_costs_no_job(victim: RunningService, usual: list[Outcome], deployment: str, tell: Tell) -> None:
     retried_before = len(victim.log("job_retried"))
     outcomes = run(victim, lambda: victim.replica(deployment).kill())
     num_retried = len(victim.log("job_retried")) - retried_before
-    print(f"\n{report(deployment, outcomes, usual)}; attempts begun anew {num_retried}")
+    tell("faults", f"{report(deployment, outcomes, usual)}; attempts begun anew {num_retried}")
 
     assert [outcome.clip["sha256"] for outcome in outcomes] == [outcome.clip["sha256"] for outcome in usual]
     assert {refusal for outcome in outcomes for refusal in outcome.refusals} <= {"model-not-ready", "worker-lost"}
@@ -66,15 +68,17 @@ def test_killed_worker_costs_no_job(victim: RunningService, usual: list[Outcome]
 
 
 @pytest.mark.parametrize("part", ["Ingress", "Proxy"])
-def test_killed_front_serves_the_next_request(victim: RunningService, usual: list[Outcome], part: str) -> None:
+def test_killed_front_serves_the_next_request(
+    victim: RunningService, usual: list[Outcome], part: str, tell: Tell
+) -> None:
     process = proxy(victim) if part == "Proxy" else victim.replica(part)
     outcomes = run(victim, process.kill)
-    print(f"\n{report(part, outcomes, usual)}; {left_over(victim)}")
+    tell("faults", f"{report(part, outcomes, usual)}; {left_over(victim)}")
 
     assert [outcome.clip["sha256"] for outcome in outcomes] == [outcome.clip["sha256"] for outcome in usual]
 
 
-def test_hung_generator_is_replaced_and_its_job_tried_again(tmp_path: Path) -> None:
+def test_hung_generator_is_replaced_and_its_job_tried_again(tmp_path: Path, tell: Tell) -> None:
     service = RunningService(tmp_path, deployments=[HASTY]).wait_ready()
     try:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -83,7 +87,7 @@ def test_hung_generator_is_replaced_and_its_job_tried_again(tmp_path: Path) -> N
             hung = service.replica("Generator")
             hung.suspend()
             outcome = sent.result()
-        print(f"\nhung generator: answered after {outcome.seconds:.1f} s; refusals {outcome.refusals}")
+        tell("faults", f"hung generator: answered after {outcome.seconds:.1f} s; refusals {outcome.refusals}")
         assert outcome.clip["seed"] == 7
         assert outcome.refusals == []
         assert [line["error"] for line in service.log("job_retried")] == ["worker-lost"]

@@ -53,7 +53,10 @@ def watched_readiness(service: RunningService) -> Iterator[list[tuple[float, int
     ids=["frozen", "gone"],
 )
 def test_every_request_ends_well_when_the_bucket_is_away_for_a_while(
-    tmp_path: Path, leave: Callable[[Ministack], None], come_back: Callable[[Ministack], None]
+    tmp_path: Path,
+    leave: Callable[[Ministack], None],
+    come_back: Callable[[Ministack], None],
+    tell: Callable[[str, str], None],
 ) -> None:
     with Ministack(tmp_path / "ministack") as ministack:
         server = ministack.info
@@ -91,7 +94,7 @@ def test_every_request_ends_well_when_the_bucket_is_away_for_a_while(
             down_s = changes[2][0] - changes[1][0]
         finally:
             service.stop()
-    print(f"\n{report(f'{OUTAGE_S:g} s without a store', outcomes, usual)}; not ready for {down_s:.1f} s")
+    tell("faults", f"{report(f'{OUTAGE_S:g} s without a store', outcomes, usual)}; not ready for {down_s:.1f} s")
 
     assert [outcome.clip["sha256"] for outcome in outcomes] == [outcome.clip["sha256"] for outcome in usual]
     assert {refusal for outcome in outcomes for refusal in outcome.refusals} <= {"store-unavailable"}
