@@ -243,4 +243,5 @@ def _spread(values: Spread, unit: Unit) -> tuple[str, ...]:
 
 
 def _milliseconds(seconds: float) -> str:
-    return "" if math.isclose(seconds, 0.0) else f"{1000 * seconds:.1f}"
+    decimals = 1 if seconds >= 0.001 else 3
+    return "" if math.isclose(seconds, 0.0) else f"{1000 * seconds:.{decimals}f}"
