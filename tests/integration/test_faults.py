@@ -16,6 +16,8 @@ from tests.integration.service import RunningService
 
 HASTY = {"name": "Generator", "health_check_period_s": 1, "health_check_timeout_s": 1}
 
+SLOW_STEPS = {"prompt": "an otter", "num_frames": 81, "resolution": "128p", "num_inference_steps": 100}
+NUM_SLOW = 4
 Tell = Callable[[str, str], None]
 
 
@@ -94,5 +96,25 @@ def test_hung_generator_is_replaced_and_its_job_tried_again(tmp_path: Path, tell
         assert httpx.get(service.base + "/health", timeout=30).json()["last_error"]["error"] == "worker-lost"
         assert service.replica("Generator").pid != hung.pid
         assert psutil.wait_procs([hung], timeout=10)[1] == []
+    finally:
+        service.stop()
+
+
+def test_hung_device_thread_is_noticed_and_its_process_replaced(tmp_path: Path, tell: Tell) -> None:
+    """Every step of these jobs takes longer than a hang is allowed to; the process itself answers all the time."""
+    service = RunningService(tmp_path, deployments=[HASTY], engine={"hang_timeout_s": 0.005}).wait_ready()
+    try:
+        before = service.replica("Generator")
+        with service.client(timeout_s=150) as http, concurrent.futures.ThreadPoolExecutor(NUM_SLOW) as pool:
+            answers = list(pool.map(lambda _: http.post("/generate", json=SLOW_STEPS), range(NUM_SLOW)))
+        statuses = [answer.status_code for answer in answers]
+        retried = service.log("job_retried")
+        tell("faults", f"hung device thread: {len(retried)} attempts begun anew; answers {statuses}")
+        assert retried
+        assert {line["error"] for line in retried} == {"worker-lost"}
+        assert {answer.json()["type"].rpartition(":")[2] for answer in answers if answer.status_code != 200} <= {
+            "worker-lost"
+        }
+        assert psutil.wait_procs([before], timeout=10)[1] == []
     finally:
         service.stop()
