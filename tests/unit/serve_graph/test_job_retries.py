@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from support import PATIENCE_S, PROGRESS, Jobs, open_jobs
+from support import PATIENCE_S, PROGRESS, Gate, Jobs, open_jobs
 
 from schemas.errors import (
     ModelNotReady,
@@ -16,7 +16,7 @@ from schemas.errors import (
     WanError,
     WorkerLost,
 )
-from schemas.jobs import JobState
+from schemas.jobs import JobRecord, JobState
 from schemas.requests import GenerateRequest
 from serve_graph.jobs import MAX_ATTEMPTS
 from storage.job_records import JobRecords
@@ -155,12 +155,18 @@ async def test_a_job_whose_worker_is_there_in_time_goes_on(
     assert len(jobs.worker.tasks) == 1
 
 
-async def test_a_clip_that_the_lost_attempt_left_is_deleted(jobs: Jobs) -> None:
+async def lost_once_released(jobs: Jobs) -> tuple[JobRecord, Gate]:
+    """A job that runs, and whose worker is lost when the gate opens."""
     jobs.worker.passing["running"] = [LOST]
     gate = jobs.worker.gates["running"]
     gate.close()
     record = await jobs.service.submit(REQUEST, "request-1")
     await gate.reached()
+    return record, gate
+
+
+async def test_a_clip_that_the_lost_attempt_left_is_deleted(jobs: Jobs) -> None:
+    record, gate = await lost_once_released(jobs)
     jobs.store.put(clip_key(record.clip_id, record.attempt_token), b"the lost attempt's")
 
     gate.open()
@@ -173,11 +179,7 @@ async def test_a_clip_that_the_lost_attempt_left_is_deleted(jobs: Jobs) -> None:
 
 
 async def test_progress_of_a_lost_attempt_is_forgotten(jobs: Jobs) -> None:
-    jobs.worker.passing["running"] = [LOST]
-    gate = jobs.worker.gates["running"]
-    gate.close()
-    record = await jobs.service.submit(REQUEST, "request-1")
-    await gate.reached()
+    record, gate = await lost_once_released(jobs)
     assert (await jobs.service.job(record.job_id)).progress == PROGRESS
 
     jobs.store.hold(JobState.PREPARING)
