@@ -3,7 +3,7 @@
 from datetime import timedelta
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 MAX_PROMPT_CHARS = 2_000
 MAX_SEED = 2**53 - 1
@@ -25,13 +25,18 @@ def _whole_or_float(value: object) -> object:
     return float(value) if type(value) is int and abs(value) <= MAX_SEED else value
 
 
-Text = Annotated[str, Field(strict=True, max_length=MAX_PROMPT_CHARS), AfterValidator(_without_nul)]
+_ANY_TEXT = WithJsonSchema({"type": "string"})
+_SOME_TEXT = WithJsonSchema({"type": "string", "minLength": 1})
+"""A maximum holds once white space around the text is gone, which JSON Schema has no word for: descriptions say it."""
+
+Text = Annotated[str, Field(strict=True, max_length=MAX_PROMPT_CHARS), AfterValidator(_without_nul), _ANY_TEXT]
 Prompt = Annotated[
     str,
     Field(strict=True, min_length=1, max_length=MAX_PROMPT_CHARS),
     AfterValidator(_without_nul),
+    _SOME_TEXT,
 ]
-Name = Annotated[str, Field(strict=True, min_length=1, max_length=16)]
+Name = Annotated[str, Field(strict=True, min_length=1, max_length=16), _SOME_TEXT]
 Int = Annotated[int, Field(strict=True, le=MAX_SEED)]
 Float = Annotated[float, BeforeValidator(_whole_or_float), Field(strict=True, allow_inf_nan=False)]
 
@@ -51,8 +56,12 @@ class GenerateRequest(BaseModel):
         },
     )
 
-    prompt: Prompt = Field(description="What to show.", examples=["a red circle moving left"])
-    negative_prompt: Text | None = Field(default=None, description="What to avoid; the model's own when absent.")
+    prompt: Prompt = Field(
+        description=f"What to show; at most {MAX_PROMPT_CHARS} characters.", examples=["a red circle moving left"]
+    )
+    negative_prompt: Text | None = Field(
+        default=None, description=f"What to avoid, at most {MAX_PROMPT_CHARS} characters; the model's own when absent."
+    )
     duration: Float | None = Field(
         default=None, gt=0, description="Seconds, counted as Wan does: (num_frames - 1) / fps."
     )

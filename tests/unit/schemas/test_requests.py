@@ -4,6 +4,7 @@ import json
 from datetime import timedelta
 from typing import Any
 
+import jsonschema
 import pytest
 from pydantic import ValidationError
 
@@ -62,6 +63,14 @@ def test_request_refuses_a_missing_prompt() -> None:
 )
 def test_request_refuses_a_bad_negative_prompt(text: str, mistake: str) -> None:
     assert refusals(a_request(negative_prompt=text)) == {"negative_prompt": mistake}
+
+
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt", "resolution"])
+def test_the_document_allows_the_white_space_that_is_trimmed(field: str) -> None:
+    body = {"prompt": "a", field: " " * 3_000 + "64p"}
+
+    jsonschema.validate(body, GenerateRequest.model_json_schema())
+    assert getattr(GenerateRequest.model_validate(body), field) == "64p"
 
 
 def test_request_trims_the_prompt_before_it_counts() -> None:
