@@ -9,6 +9,11 @@
     ├── MethodNotAllowed        405  method-not-allowed
     ├── ClipNotFound            404  clip-not-found
     ├── JobNotFound             404  job-not-found
+    ├── BatchNotFound           404  batch-not-found
+    ├── ClipGone                410  clip-gone            deleted, or past its retention
+    ├── JobGone                 410  job-gone             deleted, or past its retention
+    ├── JobNotEnded             409  job-not-ended        only an ended job can be deleted
+    ├── IdempotencyMismatch     422  idempotency-mismatch  the Idempotency-Key was used for another request
     ├── BodyTooLarge            413  body-too-large
     ├── UrlInvalid              403  url-invalid          signature missing, tampered or not ours
     ├── UrlExpired              403  url-expired
@@ -23,6 +28,7 @@
     │   ├── StoreUnavailable    503  store-unavailable    Retry-After
     │   └── WorkerLost          503  worker-lost          the process that rendered it went away; Retry-After
     ├── StoreFull               507  store-full
+    ├── RunTimeExceeded         504  run-time-exceeded    the job ran for longer than a job may
     ├── OutOfMemory             500  out-of-memory        this job alone did not fit
     ├── RenderFailed            500  render-failed        the model or the encoder failed on this job
     ├── InternalError           500  internal-error       anything else; the log has it under the request id
@@ -201,6 +207,51 @@ class JobNotFound(WanError):
         super().__init__(detail)
 
 
+class BatchNotFound(WanError):
+    name = "batch-not-found"
+    title = "No such batch"
+    status = 404
+
+    def __init__(self, detail: str = "there is no batch with this id") -> None:
+        super().__init__(detail)
+
+
+class ClipGone(WanError):
+    name = "clip-gone"
+    title = "The clip was deleted"
+    status = 410
+
+    def __init__(self, detail: str = "this clip was deleted, or its time is over") -> None:
+        super().__init__(detail)
+
+
+class JobGone(WanError):
+    name = "job-gone"
+    title = "The job was deleted"
+    status = 410
+
+    def __init__(self, detail: str = "this job was deleted, or its time is over") -> None:
+        super().__init__(detail)
+
+
+class JobNotEnded(WanError):
+    name = "job-not-ended"
+    title = "The job has not ended"
+    status = 409
+
+    def __init__(self, detail: str = "cancel the job first: only one that has ended can be deleted") -> None:
+        super().__init__(detail)
+
+
+class IdempotencyMismatch(WanError):
+    name = "idempotency-mismatch"
+    title = "The Idempotency-Key was used for another request"
+    status = 422
+
+    def __init__(self, detail: str = "this Idempotency-Key came with another body before: use a new key") -> None:
+        super().__init__(detail)
+
+
 class BodyTooLarge(WanError):
     name = "body-too-large"
     title = "The request body is too large"
@@ -359,6 +410,19 @@ class StoreFull(WanError):
 
     def __init__(self, detail: str = "there is no space left for the clip") -> None:
         super().__init__(detail)
+
+
+class RunTimeExceeded(WanError):
+    name = "run-time-exceeded"
+    title = "The job ran for too long"
+    status = 504
+
+    def __init__(self, max_run_time_s: float) -> None:
+        Exception.__init__(self, max_run_time_s)
+
+    @property
+    def detail(self) -> str:
+        return f"a job may run for {self.args[0]:g} s"
 
 
 class OutOfMemory(WanError):
