@@ -18,7 +18,7 @@ from schemas.errors import (
 )
 from schemas.jobs import JobRecord, JobState
 from schemas.requests import GenerateRequest
-from serve_graph.jobs import MAX_ATTEMPTS
+from serve_graph.jobs.attempts import MAX_CRASHES as MAX_ATTEMPTS
 from storage.job_records import JobRecords
 from storage.keys import clip_key
 

@@ -37,6 +37,7 @@ def new_record(state: JobState = JobState.QUEUED, **changes: Any) -> JobRecord:
         "job_id": new_job_id(),
         "request_id": "request",
         "state": state,
+        "created_at": NOW,
         "at": {JobState.QUEUED: NOW},
         "attempt_token": "token",
         "request": request,
