@@ -90,7 +90,7 @@ def routes(service: Service, profile: ModelProfile, authenticator: Authenticator
                 "description": "With `Prefer: respond-async`: the job.",
                 "headers": {"Location": _header("The job."), "Preference-Applied": _header("`respond-async`.")},
             },
-            **problems(*KEY_PROBLEMS, 409, 413, 422, 500, 503, 507),
+            **problems(*KEY_PROBLEMS, 409, 413, 422, 500, 503, 504, 507),
         },
         openapi_extra={"parameters": [PREFER]},
         dependencies=key_on("/generate"),
