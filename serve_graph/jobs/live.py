@@ -16,7 +16,8 @@ class LiveJob:
     etag: of its record; None while a job of a batch has none yet.
     began: when this process took it up, on the monotonic clock.
     stopped_by: why its task was cancelled, where that was not a client's wish.
-    handed_back: it is left to the next process. lost: another process has it.
+    handed_back: it is left to the next process. lost: another process has it. unrecorded: it ended here, and the
+    store could not be told; its lease will run out.
     turn, own_s: set when it joins the line. expiry: of its deadline.
     """
 
@@ -30,6 +31,7 @@ class LiveJob:
     stopped_by: WanError | None = None
     handed_back: bool = False
     lost: bool = False
+    unrecorded: bool = False
     waiters: int = 0
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
     ended: asyncio.Event = field(default_factory=asyncio.Event)

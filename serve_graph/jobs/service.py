@@ -34,6 +34,7 @@ from schemas.errors import (
     Problem,
     QueueFull,
     QuotaExceeded,
+    RecordedFailure,
     ShuttingDown,
     WanError,
 )
@@ -271,12 +272,15 @@ class JobService:
         """Cancel a job, whoever runs it. Returns it as it ended, by the cancel or just before.
 
         Where another process runs it and does not answer within two renewals, the job is returned as it is then,
-        with `cancel_requested`. Raises JobNotFound, JobGone, StoreUnavailable.
+        with `cancel_requested`. Raises JobNotFound, JobGone, StoreUnavailable; RecordedFailure where the
+        store could not be told in time.
         """
         live = self._live.get(job_id)
         if live is not None:
             owned(live.record, principal)
             await self._cancel_here(live)
+            if live.unrecorded and live.record.error is not None:
+                raise RecordedFailure(live.record.error)
             if not live.lost:
                 return self._view(live.record)
         record = await self._cancel_elsewhere(job_id, principal)
@@ -511,7 +515,7 @@ class JobService:
             live.expiry.cancel()
         live.ended.set()
         live.tell()
-        if live.record.state.is_terminal and not live.lost and live.etag is not None:
+        if live.record.state.is_terminal and live.etag is not None and not (live.lost or live.unrecorded):
             self._spawn(self.file(live.record, live.etag))
         self._tell_metrics()
 
@@ -547,6 +551,7 @@ class JobService:
             unwanted = False  # nobody can say what was written
             state, result, error = JobState.FAILED, None, known.problem(job_id=live.job_id)
             live.record = live.record.model_copy(update={"state": state, "error": error})
+            live.unrecorded = True
         seconds = time.monotonic() - live.began
         timings = result.timings if result is not None else None
         name = error.name if error is not None else ""
