@@ -51,9 +51,9 @@ def create_api(
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    install_handlers(app, profile)
     authenticator = authenticator or Authenticator(None, protect_monitoring=False)
     all_routes = [*app.routes]  # the documentation's; an included router hides its own
+    install_handlers(app, profile, all_routes)
     routers = [routes(service, profile, authenticator), job_routes(service.jobs, authenticator)]
     if signed_clips is not None:
         routers.append(clip_file_routes(signed_clips))

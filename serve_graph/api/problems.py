@@ -8,6 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Match
 
 from schemas.errors import (
     PROBLEM_MEDIA_TYPE,
@@ -48,8 +49,11 @@ def answer(request: Request, error: WanError, headers: Mapping[str, str] | None 
     return problem_response(problem, headers)
 
 
-def install_handlers(app: FastAPI, profile: ModelProfile) -> None:
-    """Three of the four handlers; the fourth, for everything else, is `RequestMiddleware`."""
+def install_handlers(app: FastAPI, profile: ModelProfile, routes: Sequence[BaseRoute]) -> None:
+    """Three of the four handlers; the fourth, for everything else, is `RequestMiddleware`.
+
+    routes: all of the application's, once it is complete; a 405 names the methods of those that match.
+    """
 
     async def on_wan_error(request: Request, error: Exception) -> Response:
         headers = None
@@ -64,11 +68,18 @@ def install_handlers(app: FastAPI, profile: ModelProfile) -> None:
     async def on_http(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
         headers = error.headers if isinstance(error, HTTPException) else None
+        if status == 405:
+            headers = {"Allow": ", ".join(_methods(request, routes))}
         return answer(request, _http_error(status), headers)
 
     app.add_exception_handler(WanError, on_wan_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
+
+
+def _methods(request: Request, routes: Sequence[BaseRoute]) -> list[str]:
+    matching = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in matching for method in getattr(route, "methods", None) or ()})
 
 
 def field_errors(mistakes: Sequence[Any], profile: ModelProfile) -> list[FieldError]:

@@ -264,7 +264,6 @@ async def test_a_record_that_another_changed_meanwhile_is_not_written_over(jobs:
 
 
 async def test_a_drain_that_is_over_waits_for_no_store(jobs: Jobs) -> None:
-    jobs.store.failures[JobState.QUEUED] = AWAY
     gate = jobs.worker.gates["running"]
     gate.close()
     record = await jobs.service.submit(REQUEST, "request-1")
@@ -272,6 +271,7 @@ async def test_a_drain_that_is_over_waits_for_no_store(jobs: Jobs) -> None:
     waiting = asyncio.create_task(jobs.service.wait(record.job_id))
     await asyncio.sleep(0)
 
+    jobs.store.failures[JobState.QUEUED] = AWAY
     async with asyncio.timeout(PATIENCE_S / 2):
         await jobs.service.drain(timeout_s=0)
     with pytest.raises(ShuttingDown):

@@ -37,7 +37,11 @@ def test_openapi_document_is_valid(document: dict[str, Any]) -> None:
 def test_openapi_documents_every_route(document: dict[str, Any]) -> None:
     assert {
         "POST /generate",
+        "GET /jobs",
         "GET /jobs/{job_id}",
+        "DELETE /jobs/{job_id}",
+        "GET /jobs/{job_id}/events",
+        "POST /jobs/{job_id}/cancel",
         "GET /outputs/{clip_id}",
         "GET /outputs/{clip_id}/{name}",
         "GET /models",
