@@ -1,4 +1,4 @@
-"""The one place where an error becomes an HTTP answer (RFC 9457)."""
+"""The one place where an error becomes an HTTP answer: RFC 9457, and OpenAI's form under `/v1/`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,6 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Scope
 
 from schemas.errors import (
     PROBLEM_MEDIA_TYPE,
@@ -21,6 +22,7 @@ from schemas.errors import (
     WanError,
 )
 from schemas.model_profile import ModelProfile
+from schemas.openai_videos import STATUS_FOR, ErrorAnswer
 from serve_graph.api.context import context_of
 
 MAX_FIELD_ERRORS = 32
@@ -29,9 +31,21 @@ MAX_FIELD_ERRORS = 32
 _BODY = "body"
 
 
-def problem_response(problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
+OPENAI_PREFIX = "/v1"
+"""Whoever asks below it expects OpenAI's errors, also where there is no such route."""
+
+
+def problem_response(scope: Scope, problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
     """The HTTP form of a problem, with `Retry-After` where it has one."""
     retry = {} if problem.retry_after_s is None else {"Retry-After": str(problem.retry_after_s)}
+    if scope["path"] == OPENAI_PREFIX or scope["path"].startswith(OPENAI_PREFIX + "/"):
+        # The SDK sends what got a 409 again, unless it is told not to; no second would change ours.
+        settled = {"x-should-retry": "false"} if problem.status == 409 else {}
+        return JSONResponse(
+            ErrorAnswer.of(problem).model_dump(mode="json"),
+            status_code=STATUS_FOR.get(problem.status, problem.status),
+            headers={**(headers or {}), **retry, **settled},
+        )
     return JSONResponse(
         problem.model_dump(mode="json", exclude_none=True),
         status_code=problem.status,
@@ -45,7 +59,7 @@ def answer(request: Request, error: WanError, headers: Mapping[str, str] | None 
     context = context_of(request.scope)
     problem = error.problem(request_id=context.request_id, job_id=context.job_id)
     context.error = problem.name
-    return problem_response(problem, headers)
+    return problem_response(request.scope, problem, headers)
 
 
 def install_handlers(app: FastAPI, profile: ModelProfile) -> None:

@@ -53,8 +53,9 @@ from serve_graph.jobs.worker import Worker
 from serve_graph.logs import log_event, log_failure, log_job
 from serve_graph.metrics import IngressMetrics
 from serve_graph.prompts import clean_prompt, prompt_hash, surely_fits
+from serve_graph.thumbnails import ensure_thumbnail
 from storage.job_records import Deleted, JobRecords, request_digest
-from storage.keys import entry_id, index_entry
+from storage.keys import entry_id, index_entry, thumbnail_key
 from storage.store import InvalidKey, PreconditionFailed, PresignedUrl, Presigner
 
 T = TypeVar("T")
@@ -223,12 +224,11 @@ class JobService:
     ) -> JobPage:
         """One page of this principal's jobs, newest first; those of batches are not among them.
 
-        after: a page's `next_cursor`. after_job: instead of it, the id of the last job of the page before.
-        Raises InvalidRequest for a cursor that is none, JobNotFound, JobGone.
+        after: a page's `next_cursor`. after_job: instead of it, the id of the last job of the page before, which may
+        have been deleted meanwhile. Raises InvalidRequest for a cursor that is none, JobNotFound.
         """
         if after_job is not None:
-            record = await self._record(after_job, principal)
-            after = index_entry(record.created_at, record.job_id)
+            after = index_entry(await self._created_at(after_job, principal), after_job)
         _check_cursor(after)
         states = tuple(JobState) if state is None else (state,)
         found: list[JobRecord] = []
@@ -295,6 +295,24 @@ class JobService:
         except JobGone as error:
             raise ClipGone from error
         return self._views.clip_url(record, clip_id)
+
+    async def thumbnail_url(self, job_id: str, principal: Principal = NOBODY) -> PresignedUrl:
+        """A freshly signed URL for the first frame of a job's clip, which is made when it is first asked for.
+
+        Raises JobNotFound, JobGone, ClipNotFound, ClipGone, RenderFailed, StoreUnavailable, StoreFull.
+        """
+        record = await self._record(job_id, principal)
+        if record.result is None:
+            raise ClipNotFound
+        key = thumbnail_key(record.result.key)
+        signed = self._views.signed(record, record.result, key)
+        if await self._recorder.io(ensure_thumbnail, self._records.store, record.result.key, key):
+            try:
+                await self._record(job_id, principal)
+            except JobGone:  # deleted meanwhile, and what it had before the thumbnail was there
+                await self._recorder.io(self._records.store.delete, key)
+                raise
+        return signed
 
     def abandon(self, job_id: str) -> None:
         """Cancel a job of this process whose client has gone, unless somebody else waits or may come back."""
@@ -665,6 +683,12 @@ class JobService:
 
     async def _record(self, job_id: str, principal: Principal) -> JobRecord:
         return (await self._read(job_id, principal))[0]
+
+    async def _created_at(self, job_id: str, principal: Principal) -> datetime:
+        try:
+            return owned((await self._recorder.io(self._records.get, job_id))[0], principal).created_at
+        except Deleted as deleted:
+            return owned_tombstone(deleted.tombstone, principal).created_at
 
     async def _listed_record(self, entry: str) -> JobRecord | None:
         """The record behind an entry of an index; None where there is none any more."""
