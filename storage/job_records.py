@@ -164,9 +164,9 @@ class JobRecords:
     def moved(self, record: JobRecord, to_state: JobState, **changes: Unpack[JobChanges]) -> JobRecord:
         """The record in its next state, with the time stamped. Writes nothing.
 
-        Raises IllegalTransition: `schemas.jobs.TRANSITIONS` does not lead there.
+        Raises IllegalTransition: `schemas.jobs.TRANSITIONS` does not lead there, or only `delete` does.
         """
-        if to_state not in TRANSITIONS[record.state]:
+        if to_state not in TRANSITIONS[record.state] or to_state is JobState.DELETED:
             raise IllegalTransition(record.state, to_state)
         return record.model_copy(update={**changes, "state": to_state, "at": {**record.at, to_state: self._now()}})
 

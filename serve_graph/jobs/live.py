@@ -23,7 +23,7 @@ class LiveJob:
     progress: Progress | None = None
     started: bool = False
     ending: bool = False
-    cancelling: bool = False
+    stopping: bool = False
     stopped_by: WanError | None = None
     handed_back: bool = False
     lost: bool = False
@@ -45,6 +45,7 @@ class LiveJob:
     def stop(self, reason: WanError | None = None) -> None:
         """Cancel the job's task, unless its end is being recorded. reason: None where a client asked for it."""
         if self.task is not None and not self.ending:
+            self.stopping = True
             self.stopped_by = self.stopped_by or reason
             # Behind its first step: a task that is cancelled before that never enters its `try`.
             asyncio.get_running_loop().call_soon(self._cancel_now)

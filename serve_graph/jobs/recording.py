@@ -114,7 +114,8 @@ class Recorder:
         except (JobNotFound, Deleted) as error:
             raise Lost from error
         mine = (
-            record.lease is not None
+            not record.state.is_terminal
+            and record.lease is not None
             and record.lease.owner == self.owner
             and record.attempt_token == live.record.attempt_token
         )

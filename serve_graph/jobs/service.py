@@ -465,7 +465,9 @@ class JobService:
             state = JobState.SUCCEEDED
         except Lost:
             live.lost = True
-        except (asyncio.CancelledError, JobCancelled):
+        except (asyncio.CancelledError, JobCancelled) as cancelled:
+            if isinstance(cancelled, asyncio.CancelledError) and not live.stopping:
+                raise  # the event loop ends under the job, as if the process were killed: its lease will run out
             why = live.stopped_by or JobCancelled()
             state = JobState.CANCELLED if isinstance(why, JobCancelled) else JobState.FAILED
             error = why.problem(job_id=live.job_id)
