@@ -31,7 +31,7 @@ def first_frame(clip: bytes) -> bytes:
     import av  # here: an ingress that is never asked for a thumbnail does without PyAV's libraries
 
     try:
-        with av.open(BytesIO(clip)) as container:
+        with av.open(BytesIO(clip), "r") as container:
             frame = next(container.decode(video=0))
     except (av.FFmpegError, StopIteration, IndexError) as error:
         raise RenderFailed("the clip's first frame can't be read") from error

@@ -10,6 +10,7 @@ import httpx
 import schemathesis
 
 BASE_URL = "WAN_FUZZ_BASE_URL"
+VIDEO, CONTENT = "GET /v1/videos/{video_id}", "GET /v1/videos/{video_id}/content"
 JOB, CLIP, CLIP_FILE = "GET /jobs/{job_id}", "GET /outputs/{clip_id}", "GET /outputs/{clip_id}/{name}"
 CONDITIONS = (
     {},
@@ -36,11 +37,16 @@ def real_clip() -> dict[str, Any]:
 @schemathesis.hook
 def before_call(context: schemathesis.HookContext, case: schemathesis.Case, kwargs: dict[str, Any]) -> None:
     """Ask for what exists, and for parts of it, in every second case that has an id in its path."""
-    if case.operation.label not in (JOB, CLIP, CLIP_FILE) or case.method != "GET" or next(_cases) % 2:
+    if case.operation.label not in (JOB, CLIP, CLIP_FILE, VIDEO, CONTENT) or case.method != "GET" or next(_cases) % 2:
         return
     clip = real_clip()
     signed = urlsplit(clip["output_url"])
-    real = {"job_id": clip["job_id"], "clip_id": clip["clip_id"], "name": signed.path.split("/")[-1]}
+    real = {
+        "job_id": clip["job_id"],
+        "video_id": clip["job_id"],
+        "clip_id": clip["clip_id"],
+        "name": signed.path.split("/")[-1],
+    }
     case.path_parameters = {name: real[name] for name in case.path_parameters or {}}
     if case.operation.label == CLIP_FILE:
         case.query = dict(parse_qsl(signed.query))

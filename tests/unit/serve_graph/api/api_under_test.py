@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -58,10 +59,15 @@ class Api:
 
 @asynccontextmanager
 async def open_api(
-    folder: Path, log: LogLines, *, authenticator: Authenticator | None = None, cors_origins: Sequence[str] = ()
+    folder: Path,
+    log: LogLines,
+    *,
+    authenticator: Authenticator | None = None,
+    cors_origins: Sequence[str] = (),
+    clip_retention: timedelta | None = None,
 ) -> AsyncIterator[Api]:
     """A service for 3 waiting jobs, one of them dispatched at a time."""
-    with open_jobs(folder, max_waiting_jobs=3, max_dispatched_jobs=1) as jobs:
+    with open_jobs(folder, max_waiting_jobs=3, max_dispatched_jobs=1, clip_retention=clip_retention) as jobs:
         probe = ScriptedProbe()
         monitor = HealthMonitor(Settings(), probe, jobs.store, jobs.service, jobs.executor)
 
@@ -75,6 +81,7 @@ async def open_api(
             max_body_bytes=MAX_BODY_BYTES,
             authenticator=authenticator,
             cors_origins=cors_origins,
+            clip_retention=clip_retention,
             signed_clips=SignedClips(LocalFiles(jobs.store, jobs.presigner), jobs.executor),
         )
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
