@@ -59,7 +59,6 @@ def create_api(
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    install_handlers(app, profile)
     _document_own_errors_only(app)
     authenticator = authenticator or Authenticator(None, protect_monitoring=False)
     all_routes = [*app.routes]  # the documentation's; an included router hides its own
@@ -70,6 +69,7 @@ def create_api(
     for router in routers:
         all_routes += router.routes
         app.include_router(router)
+    install_handlers(app, profile, all_routes)
     app.add_middleware(
         RequestMiddleware,
         routes=all_routes,

@@ -8,6 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Match
 from starlette.types import Scope
 
 from schemas.errors import (
@@ -62,8 +63,11 @@ def answer(request: Request, error: WanError, headers: Mapping[str, str] | None 
     return problem_response(request.scope, problem, headers)
 
 
-def install_handlers(app: FastAPI, profile: ModelProfile) -> None:
-    """Three of the four handlers; the fourth, for everything else, is `RequestMiddleware`."""
+def install_handlers(app: FastAPI, profile: ModelProfile, routes: Sequence[BaseRoute]) -> None:
+    """Three of the four handlers; the fourth, for everything else, is `RequestMiddleware`.
+
+    routes: the application's. A path may have several, and Starlette's 405 knows the methods of the first only.
+    """
 
     async def on_wan_error(request: Request, error: Exception) -> Response:
         headers = None
@@ -77,7 +81,10 @@ def install_handlers(app: FastAPI, profile: ModelProfile) -> None:
 
     async def on_http(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
-        headers = error.headers if isinstance(error, HTTPException) else None
+        headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
+        if status == 405:
+            methods = (getattr(r, "methods", ()) for r in routes if r.matches(request.scope)[0] is not Match.NONE)
+            headers["Allow"] = ", ".join(sorted(set().union(*methods)))
         return answer(request, _http_error(status), headers)
 
     app.add_exception_handler(WanError, on_wan_error)

@@ -274,7 +274,9 @@ class JobService:
         live = self._live.get(job_id)
         if live is not None:
             owned(live.record, principal)
-            raise JobNotEnded
+            if not live.record.state.is_terminal:
+                raise JobNotEnded
+            await live.ended.wait()  # its end is on record, and this process lets go of it just now
         while True:
             record, etag = await self._read(job_id, principal)
             if not record.state.is_terminal:

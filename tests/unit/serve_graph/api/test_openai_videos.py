@@ -404,6 +404,11 @@ async def test_what_is_not_there_is_said_in_openai_s_form(
     assert error["type"] == "invalid_request_error"
 
 
+async def test_a_405_lists_the_methods_of_every_route_on_its_path(api: Api) -> None:
+    assert (await api.http.put("/v1/videos")).headers["allow"] == "GET, POST"
+    assert (await api.http.put("/v1/videos/" + NOWHERE)).headers["allow"] == "DELETE, GET"
+
+
 async def test_a_path_that_only_begins_alike_gets_a_problem(api: Api) -> None:
     assert (await api.http.get("/v10/videos")).headers["content-type"] == "application/problem+json"
 
