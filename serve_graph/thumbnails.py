@@ -2,6 +2,8 @@
 
 from io import BytesIO
 
+from PIL import Image
+
 from schemas.errors import ClipGone, RenderFailed
 from storage.store import ObjectNotFound, ObjectStore
 
@@ -36,5 +38,5 @@ def first_frame(clip: bytes) -> bytes:
     except (av.FFmpegError, StopIteration, IndexError) as error:
         raise RenderFailed("the clip's first frame can't be read") from error
     jpeg = BytesIO()
-    frame.to_image().save(jpeg, "JPEG", quality=JPEG_QUALITY)
+    Image.fromarray(frame.to_ndarray(format="rgb24")).save(jpeg, "JPEG", quality=JPEG_QUALITY)
     return jpeg.getvalue()
