@@ -13,7 +13,7 @@ import numpy as np
 import openai
 import pytest
 from answers import assert_nothing_of_the_inside
-from api_under_test import Api, open_api
+from api_under_test import Api, open_api, small_mp4
 from openai import AsyncOpenAI
 from openai.types import Video
 from PIL import Image
@@ -23,8 +23,6 @@ from schemas.errors import OutOfMemory, StoreUnavailable
 from schemas.jobs import JobState
 from serve_graph.api.auth import Authenticator
 from serve_graph.api_keys import ApiKeys, Role, new_key
-from serve_graph.encode import Mp4Writer
-from serve_graph.settings import EncodeSettings
 from storage.keys import thumbnail_key
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")  # every call of the SDK says it
@@ -171,15 +169,10 @@ async def test_thumbnail_is_the_first_frame_made_once_and_deleted_with_the_video
 
 
 def put_real_clip(api: Api, video_id: str) -> str:
-    """Two frames, a red one and a blue one, in the place of what the scripted worker wrote."""
+    """A clip in the place of what the scripted worker wrote; returns its key."""
     result = api.jobs.record(video_id).result
     assert result is not None
-    frames = np.zeros((2, 64, 112, 3), np.uint8)
-    frames[0, ..., 0] = frames[1, ..., 2] = 255
-    path = api.jobs.store.folder / "real.mp4"
-    with Mp4Writer(path, width=112, height=64, fps=8, settings=EncodeSettings(), metadata={}) as writer:
-        writer.write(frames)
-    api.jobs.store.put(result.key, path.read_bytes())
+    api.jobs.store.put(result.key, small_mp4(api.jobs.store.folder))
     return result.key
 
 

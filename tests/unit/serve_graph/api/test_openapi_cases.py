@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import support
 import uvicorn
-from api_under_test import open_api
+from api_under_test import open_api, small_mp4
 from openapi_fuzz.run import fuzz
 from support import LogLines
 
@@ -20,9 +21,10 @@ MIN_CASES = 2_000
 
 
 @pytest.fixture
-def base_url(tmp_path: Path) -> Iterator[str]:
+def base_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The API on a loopback port, in a thread with a loop of its own."""
     servers: list[uvicorn.Server] = []
+    monkeypatch.setattr(support, "CLIP_BYTES", small_mp4(tmp_path))  # something to make thumbnails of
 
     async def serve(listener: socket.socket) -> None:
         async with open_api(tmp_path / "store", LogLines()) as api:
