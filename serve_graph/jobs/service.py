@@ -38,7 +38,7 @@ from schemas.errors import (
     WanError,
 )
 from schemas.health import LastError, QueueHealth
-from schemas.jobs import Job, JobPage, JobRecord, JobState, RenderedClip, job_id_from, job_id_of, new_job_id
+from schemas.jobs import Job, JobPage, JobRecord, JobState, RenderedClip, Tombstone, job_id_from, job_id_of, new_job_id
 from schemas.model_profile import ModelProfile
 from schemas.requests import GenerateRequest, GenerationParameters, url_ttl
 from serve_graph.api_keys import NOBODY, Principal
@@ -54,8 +54,8 @@ from serve_graph.logs import log_event, log_failure, log_job
 from serve_graph.metrics import IngressMetrics
 from serve_graph.prompts import clean_prompt, prompt_hash, surely_fits
 from serve_graph.thumbnails import ensure_thumbnail
-from storage.job_records import Deleted, JobRecords, request_digest
-from storage.keys import entry_id, index_entry, thumbnail_key
+from storage.job_records import Deleted, JobRecords, entry_of, request_digest
+from storage.keys import entry_id, thumbnail_key
 from storage.store import InvalidKey, PreconditionFailed, PresignedUrl, Presigner
 
 T = TypeVar("T")
@@ -228,7 +228,7 @@ class JobService:
         have been deleted meanwhile. Raises InvalidRequest for a cursor that is none, JobNotFound.
         """
         if after_job is not None:
-            after = index_entry(await self._created_at(after_job, principal), after_job)
+            after = entry_of(await self._record_or_tombstone(after_job, principal))
         _check_cursor(after)
         states = tuple(JobState) if state is None else (state,)
         found: list[JobRecord] = []
@@ -242,7 +242,7 @@ class JobService:
             more = more or len(found) + len(matching) > limit
             found += matching[: limit - len(found)]
             after = entries[-1] if entries else after
-        cursor = index_entry(found[-1].created_at, found[-1].job_id) if found and more else None
+        cursor = entry_of(found[-1]) if found and more else None
         return JobPage(jobs=tuple(map(self._view, found)), next_cursor=cursor)
 
     async def changes(self, job_id: str, principal: Principal = NOBODY) -> AsyncGenerator[Job, None]:
@@ -688,22 +688,21 @@ class JobService:
     async def _record(self, job_id: str, principal: Principal) -> JobRecord:
         return (await self._read(job_id, principal))[0]
 
-    async def _created_at(self, job_id: str, principal: Principal) -> datetime:
+    async def _record_or_tombstone(self, job_id: str, principal: Principal) -> JobRecord | Tombstone:
         try:
-            return owned((await self._recorder.io(self._records.get, job_id))[0], principal).created_at
+            return owned((await self._recorder.io(self._records.get, job_id))[0], principal)
         except Deleted as deleted:
-            return owned_tombstone(deleted.tombstone, principal).created_at
+            return owned_tombstone(deleted.tombstone, principal)
 
     async def _listed_record(self, entry: str) -> JobRecord | None:
         """The record behind an entry of an index; None where there is none any more."""
         job_id = entry_id(entry)
         live = self._live.get(job_id)
-        if live is not None:
-            return live.record
         try:
-            return (await self._recorder.io(self._records.get, job_id))[0]
+            record = live.record if live is not None else (await self._recorder.io(self._records.get, job_id))[0]
         except (JobNotFound, Deleted):
             return None
+        return record if entry_of(record) == entry else None
 
     def _view(self, record: JobRecord, live: LiveJob | None = None) -> Job:
         live = live or self._live.get(record.job_id)
