@@ -31,7 +31,7 @@ def test_the_sdk_s_flow_works_from_create_to_delete(service: RunningService) -> 
     with sdk_of(service) as sdk:
         video = sdk.videos.create_and_poll(prompt=PROMPT, model="wan-tiny", seconds="1", size="112x64")
         assert (video.status, video.progress, video.seconds, video.size) == ("completed", 100, "1", "112x64")
-        assert video._request_id is None  # the SDK's poll() drops it
+        assert video._request_id
         content = sdk.videos.download_content(video.id)
         thumbnail = sdk.videos.download_content(video.id, variant="thumbnail")
         assert video.id in [listed.id for listed in sdk.videos.list(limit=2)]
