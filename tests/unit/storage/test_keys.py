@@ -143,7 +143,9 @@ def test_output_key_round_trips(name: str) -> None:
     assert parse_output_key(key) == (CLIP_ID, name)
 
 
-@pytest.mark.parametrize("name", ["token", "token.png", "token.jpg.mp4", "a/b.jpg", "../b.jpg", ".jpg", "token.JPG", ""])
+@pytest.mark.parametrize(
+    "name", ["token", "token.png", "token.jpg.mp4", "a/b.jpg", "../b.jpg", ".jpg", "token.JPG", ""]
+)
 def test_output_key_refuses_everything_else(name: str) -> None:
     with pytest.raises(InvalidKey):
         output_key(CLIP_ID, name)
