@@ -91,6 +91,7 @@ class Ingress:
             authenticator=self._authenticator,
             cors_origins=self._settings.cors_origins,
             signed_clips=self._signed_clips,
+            clip_retention=self._settings.storage.clip_retention,
             while_running=self._running,
         )
 

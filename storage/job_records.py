@@ -246,7 +246,7 @@ class JobRecords:
         for key in self._clips(tombstone.job_id):
             self._store.delete(key)
         if item_of(tombstone.job_id) is None:
-            entry = index_entry(tombstone.created_at, tombstone.job_id)
+            entry = entry_of(tombstone)
             for state in ENDS:
                 self._store.delete(done_key(tombstone.principal, state, entry))
             self._store.delete(active_key(tombstone.principal, entry))
@@ -315,7 +315,7 @@ def request_digest(job_id: str, request: GenerateRequest) -> str:
     return hashlib.sha256(f"{job_id}\n{request.model_dump_json()}".encode()).hexdigest()
 
 
-def entry_of(record: JobRecord) -> str:
+def entry_of(record: JobRecord | Tombstone) -> str:
     """What an index lists this job as. Another entry with its id is left of a submission that was cut short."""
     return index_entry(record.created_at, record.job_id)
 

@@ -1,4 +1,4 @@
-"""The one place where an error becomes an HTTP answer (RFC 9457)."""
+"""The one place where an error becomes an HTTP answer: RFC 9457, and OpenAI's form under `/v1/`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Match
+from starlette.types import Scope
 
 from schemas.errors import (
     PROBLEM_MEDIA_TYPE,
@@ -22,6 +23,7 @@ from schemas.errors import (
     WanError,
 )
 from schemas.model_profile import ModelProfile
+from schemas.openai_videos import STATUS_FOR, ErrorAnswer
 from serve_graph.api.context import context_of
 
 MAX_FIELD_ERRORS = 32
@@ -30,9 +32,21 @@ MAX_FIELD_ERRORS = 32
 _BODY = "body"
 
 
-def problem_response(problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
+OPENAI_PREFIX = "/v1"
+"""Whoever asks below it expects OpenAI's errors, also where there is no such route."""
+
+
+def problem_response(scope: Scope, problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
     """The HTTP form of a problem, with `Retry-After` where it has one."""
     retry = {} if problem.retry_after_s is None else {"Retry-After": str(problem.retry_after_s)}
+    if scope["path"] == OPENAI_PREFIX or scope["path"].startswith(OPENAI_PREFIX + "/"):
+        # The SDK sends what got a 409 again, unless it is told not to; no second would change ours.
+        settled = {"x-should-retry": "false"} if problem.status == 409 else {}
+        return JSONResponse(
+            ErrorAnswer.of(problem).model_dump(mode="json"),
+            status_code=STATUS_FOR.get(problem.status, problem.status),
+            headers={**(headers or {}), **retry, **settled},
+        )
     return JSONResponse(
         problem.model_dump(mode="json", exclude_none=True),
         status_code=problem.status,
@@ -46,13 +60,13 @@ def answer(request: Request, error: WanError, headers: Mapping[str, str] | None 
     context = context_of(request.scope)
     problem = error.problem(request_id=context.request_id, job_id=context.job_id)
     context.error = problem.name
-    return problem_response(problem, headers)
+    return problem_response(request.scope, problem, headers)
 
 
 def install_handlers(app: FastAPI, profile: ModelProfile, routes: Sequence[BaseRoute]) -> None:
     """Three of the four handlers; the fourth, for everything else, is `RequestMiddleware`.
 
-    routes: all of the application's, once it is complete; a 405 names the methods of those that match.
+    routes: the application's. A path may have several, and Starlette's 405 knows the methods of the first only.
     """
 
     async def on_wan_error(request: Request, error: Exception) -> Response:
@@ -67,19 +81,15 @@ def install_handlers(app: FastAPI, profile: ModelProfile, routes: Sequence[BaseR
 
     async def on_http(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
-        headers = error.headers if isinstance(error, HTTPException) else None
+        headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
         if status == 405:
-            headers = {"Allow": ", ".join(_methods(request, routes))}
+            methods = (getattr(r, "methods", ()) for r in routes if r.matches(request.scope)[0] is not Match.NONE)
+            headers["Allow"] = ", ".join(sorted(set().union(*methods)))
         return answer(request, _http_error(status), headers)
 
     app.add_exception_handler(WanError, on_wan_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
-
-
-def _methods(request: Request, routes: Sequence[BaseRoute]) -> list[str]:
-    matching = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
-    return sorted({method for route in matching for method in getattr(route, "methods", None) or ()})
 
 
 def field_errors(mistakes: Sequence[Any], profile: ModelProfile) -> list[FieldError]:

@@ -39,7 +39,7 @@ from schemas.errors import (
     WanError,
 )
 from schemas.health import LastError, QueueHealth
-from schemas.jobs import Job, JobPage, JobRecord, JobState, RenderedClip, job_id_from, job_id_of, new_job_id
+from schemas.jobs import Job, JobPage, JobRecord, JobState, RenderedClip, Tombstone, job_id_from, job_id_of, new_job_id
 from schemas.model_profile import ModelProfile
 from schemas.requests import GenerateRequest, GenerationParameters, url_ttl
 from schemas.webhooks import WebhookDelivery
@@ -58,10 +58,11 @@ from serve_graph.jobs.worker import Worker
 from serve_graph.logs import log_event, log_failure, log_job
 from serve_graph.metrics import IngressMetrics
 from serve_graph.prompts import clean_prompt, prompt_hash, surely_fits
+from serve_graph.thumbnails import ensure_thumbnail
 from serve_graph.webhooks.policy import WebhookPolicy, check_webhook_url
 from serve_graph.webhooks.sender import WebhookSender
 from storage.job_records import Deleted, JobRecords, entry_of, request_digest
-from storage.keys import entry_id
+from storage.keys import entry_id, thumbnail_key
 from storage.store import InvalidKey, PreconditionFailed, PresignedUrl, Presigner
 
 T = TypeVar("T")
@@ -237,12 +238,11 @@ class JobService:
     ) -> JobPage:
         """One page of this principal's jobs, newest first; those of batches are not among them.
 
-        after: a page's `next_cursor`. after_job: instead of it, the id of the last job of the page before.
-        Raises InvalidRequest for a cursor that is none, JobNotFound, JobGone.
+        after: a page's `next_cursor`. after_job: instead of it, the id of the last job of the page before, which may
+        have been deleted meanwhile. Raises InvalidRequest for a cursor that is none, JobNotFound.
         """
         if after_job is not None:
-            record = await self._record(after_job, principal)
-            after = entry_of(record)
+            after = entry_of(await self._record_or_tombstone(after_job, principal))
         _check_cursor(after)
         states = tuple(JobState) if state is None else (state,)
         found: list[JobRecord] = []
@@ -291,7 +291,9 @@ class JobService:
         live = self._live.get(job_id)
         if live is not None:
             owned(live.record, principal)
-            raise JobNotEnded
+            if not live.record.state.is_terminal:
+                raise JobNotEnded
+            await live.ended.wait()  # its end is on record, and this process lets go of it just now
         while True:
             record, etag = await self._read(job_id, principal)
             if not record.state.is_terminal:
@@ -312,6 +314,24 @@ class JobService:
         except JobGone as error:
             raise ClipGone from error
         return self._views.clip_url(record, clip_id)
+
+    async def thumbnail_url(self, job_id: str, principal: Principal = NOBODY) -> PresignedUrl:
+        """A freshly signed URL for the first frame of a job's clip, which is made when it is first asked for.
+
+        Raises JobNotFound, JobGone, ClipNotFound, ClipGone, RenderFailed, StoreUnavailable, StoreFull.
+        """
+        record = await self._record(job_id, principal)
+        if record.result is None:
+            raise ClipNotFound
+        key = thumbnail_key(record.result.key)
+        signed = self._views.signed(record, record.result, key)
+        if await self._recorder.io(ensure_thumbnail, self._records.store, record.result.key, key):
+            try:
+                await self._record(job_id, principal)
+            except JobGone:  # deleted meanwhile, and what it had before the thumbnail was there
+                await self._recorder.io(self._records.store.delete, key)
+                raise
+        return signed
 
     def abandon(self, job_id: str) -> None:
         """Cancel a job of this process whose client has gone, unless somebody else waits or may come back."""
@@ -713,6 +733,12 @@ class JobService:
 
     async def _record(self, job_id: str, principal: Principal) -> JobRecord:
         return (await self._read(job_id, principal))[0]
+
+    async def _record_or_tombstone(self, job_id: str, principal: Principal) -> JobRecord | Tombstone:
+        try:
+            return owned((await self._recorder.io(self._records.get, job_id))[0], principal)
+        except Deleted as deleted:
+            return owned_tombstone(deleted.tombstone, principal)
 
     async def _listed_record(self, entry: str) -> JobRecord | None:
         """The record behind an entry of an index; None where there is none any more."""

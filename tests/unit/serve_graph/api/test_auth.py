@@ -197,8 +197,9 @@ async def test_the_document_asks_for_a_key_where_the_service_does(tmp_path: Path
         paths = document["paths"].items()
         return {path for path, item in paths for operation in item.values() if "security" in operation}
 
-    of_jobs = {"/jobs", "/jobs/{job_id}", "/jobs/{job_id}/events", "/jobs/{job_id}/cancel"}
-    made = {"/generate", "/outputs/{clip_id}", "/models", *of_jobs}
+    jobs = {"/generate", "/jobs", "/jobs/{job_id}", "/jobs/{job_id}/events", "/jobs/{job_id}/cancel"}
+    videos = {"/v1/videos", "/v1/videos/{video_id}", "/v1/videos/{video_id}/content"}
+    made = {*jobs, *videos, "/outputs/{clip_id}", "/models"}
     assert asking((await api.http.get("/openapi.json")).json()) == made
     closed = Authenticator(KEYS, protect_monitoring=True)
     async with open_api(tmp_path / "closed", log, authenticator=closed) as protected:

@@ -292,7 +292,7 @@ async def test_unknown_routes_are_not_found(api: Api, path: str) -> None:
         ("POST", "/health", {"GET"}),
         ("DELETE", "/models", {"GET"}),
         ("POST", "/outputs/clip_" + "0" * 32, {"GET", "HEAD"}),
-        ("PATCH", "/jobs/job_" + "0" * 32, {"GET"}),
+        ("PATCH", "/jobs/job_" + "0" * 32, {"DELETE", "GET"}),
         ("PROPFIND", "/metrics", {"GET"}),
     ],
 )
