@@ -37,13 +37,14 @@ PATIENCE_OF_LOW = 4.0
 the part of the device that they are sure of while others could use all of it."""
 
 MIN_FIFO_S = 0.5
-"""What `fifo` takes at least, for `max_stretch`: hand-offs and uploads, which are in no estimate, make no job overdue."""
+"""What `fifo` takes at least, for `max_stretch`: hand-offs and uploads, in no estimate, make no job overdue."""
 
 NEAR = 3.0
 """A deadline is near when what is left until then is at most so many times the job's remaining work."""
 
 HOPELESS = 0.5
-"""Below so many times the job's remaining work it can't be met, unless the estimate is off by half: it counts no more."""
+"""With less than so many times the job's remaining work it can't be met, even with an estimate that is off by half, and
+counts no more."""
 
 ATTENTION_TOKENS = 20_000
 """Latent tokens at which self-attention costs as much as all that is linear in the tokens: 3 x dim + ffn_dim, counting
