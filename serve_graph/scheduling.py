@@ -43,7 +43,8 @@ NEAR = 3.0
 """A deadline is near when what is left until then is at most so many times the job's remaining work."""
 
 HOPELESS = 0.5
-"""Below so many times the job's remaining work it can't be met, unless the estimate is off by half: it is ignored."""
+"""With less than so many times the job's remaining work it can't be met, even with an estimate that is off by half, and
+counts no more."""
 
 ATTENTION_TOKENS = 20_000
 """Latent tokens at which self-attention costs as much as all that is linear in the tokens: 3 x dim + ffn_dim, counting

@@ -37,7 +37,7 @@ class Denoised:
 
 @dataclass(frozen=True)
 class Finished:
-    """Every frame went into the sink. Seconds of the two stages: of wall time, and of the device for this job."""
+    """Every frame went into the sink. Seconds of the two stages: wall time, and the device's for this job alone."""
 
     denoise_s: float
     decode_s: float

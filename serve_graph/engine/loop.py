@@ -1,9 +1,9 @@
 """The engine: one thread that owns the device and takes its work one step or one decode chunk at a time.
 
-Jobs join and leave between two units of work, and for each unit it is decided anew whose turn it is. Whatever goes
-wrong inside a unit ends the jobs that caused it and no other: a shared forward that fails is tried again with each of
-its jobs alone. A unit that never returns, or a thread that died, makes `check` raise, so that whoever supervises the
-engine can replace the process.
+Jobs join and leave between two units of work, and whose turn it is is decided anew for each. Whatever goes wrong
+inside a unit ends the jobs that caused it and no other: a shared forward that fails is tried again with each of its
+jobs alone. A unit that never returns, or a thread that died, makes `check` raise, so that whoever supervises the engine
+can replace the process.
 """
 
 import gc
@@ -162,6 +162,8 @@ class Engine:
         def step() -> None:
             nonlocal num_forwards
             num_forwards = denoise_step(self._parts.transformer, [job.denoising for job in batch])
+            if self._parts.device.type == "cuda":  # else the host runs ahead, and what it decides comes late
+                torch.cuda.synchronize(self._parts.device)
 
         if not self._guarded(batch, step):
             return
