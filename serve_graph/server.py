@@ -4,12 +4,10 @@ Ray is imported only after the environment that pins it is set.
 """
 
 import asyncio
-import errno
 import logging
 import os
 import secrets
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -26,6 +24,7 @@ from pydantic import BaseModel, ValidationError
 from schemas.errors import ModelNotReady, WanError
 from serve_graph.logs import configure_logging, log_event
 from serve_graph.niceness import RAY_WORKER_NICENESS
+from serve_graph.open_ports import refused_port
 from serve_graph.proxy import CALLBACK
 from serve_graph.settings import ConfigError, Settings, accepted_keys, read_settings
 from serve_graph.stores import prepare_store
@@ -188,16 +187,9 @@ def _check_store(settings: Settings) -> None:
 
 def _check_port(host: str, port: int) -> None:
     """Serve's proxy would share a taken port silently (SO_REUSEPORT), so look first."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise StartFailed(f"can't listen on port {port} of {host}: {error.strerror}") from error
-            raise StartFailed(
-                f"port {port} on {host} is taken: stop what listens there, or choose another with --port"
-            ) from error
+    reason = refused_port(host, port)
+    if reason is not None:
+        raise StartFailed(f"port {port} on {host} {reason}: stop what listens there, or choose another with --port")
 
 
 @contextmanager
