@@ -17,9 +17,9 @@ runs the job, and a copy rides on the renewals of its lease for other processes 
 import secrets
 from datetime import datetime
 from enum import StrEnum
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from schemas.clips import Clip, Timings
 from schemas.errors import Problem
@@ -113,6 +113,7 @@ class JobRecord(BaseModel):
     principal: str = Field(default=ANONYMOUS, description="Who owns it: an API key's name.")
     batch_id: str | None = None
     state: JobState
+    created_at: datetime
     at: dict[JobState, datetime] = Field(description="When each state was entered last (UTC).")
     attempt_token: str
     attempts: int = Field(default=1, description="How many attempts have begun, those of lost owners included.")
@@ -127,6 +128,14 @@ class JobRecord(BaseModel):
     prompt_hash: str
     result: RenderedClip | None = None
     error: Problem | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _created_at_of_version_1(cls, fields: Any) -> Any:
+        """Version 1 had it in `at` only."""
+        if isinstance(fields, dict) and fields.get("version") == 1:
+            return {"created_at": fields["at"][JobState.QUEUED], **fields, "version": 2}
+        return fields
 
     @property
     def clip_id(self) -> str:
@@ -143,6 +152,7 @@ class Tombstone(BaseModel):
     principal: str
     batch_id: str | None = None
     state: Literal[JobState.DELETED] = JobState.DELETED
+    created_at: datetime
     at: dict[JobState, datetime]
     request_digest: str = Field(description="Hex SHA-256 of the request as JSON, keyed by the job's id.")
 

@@ -52,7 +52,13 @@ class Ingress:
             limits=QueueLimits(
                 settings.queue.max_waiting_jobs, settings.max_dispatched_jobs, settings.engine.max_clip_pixels
             ),
-            patiences=Patiences(settings.queue.worker_patience_s, settings.storage.patience_s),
+            patiences=Patiences(
+                worker_s=settings.queue.worker_patience_s,
+                store_s=settings.storage.patience_s,
+                lease_s=settings.queue.lease_s,
+                stall_s=settings.engine.hang_timeout_s + settings.queue.worker_patience_s,
+                run_s=settings.queue.max_run_time_s,
+            ),
             default_url_ttl=settings.default_url_ttl,
             hash_secret=opened.hash_secret,
             metrics=self._metrics,
@@ -73,7 +79,7 @@ class Ingress:
             authenticator=self._authenticator,
             cors_origins=self._settings.cors_origins,
             signed_clips=self._signed_clips,
-            on_shutdown=self._drained,
+            while_running=self._running,
         )
 
     async def _exposition(self) -> bytes:
@@ -86,7 +92,8 @@ class Ingress:
         await self._jobs.drain(self._settings.queue.drain_timeout_s)
 
     @asynccontextmanager
-    async def _drained(self) -> AsyncIterator[None]:
+    async def _running(self) -> AsyncIterator[None]:
+        self._jobs.start()
         yield
         await self.drain()
 

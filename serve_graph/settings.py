@@ -109,6 +109,12 @@ class QueueSettings(_Section):
         default=2, ge=0, description="Jobs handed to the generator beyond its slots, so that it never idles."
     )
     drain_timeout_s: float = Field(default=60.0, ge=0, description="How long running jobs may finish at a stop.")
+    lease_s: float = Field(
+        default=20.0,
+        gt=0,
+        description="A job whose record nobody renewed for so long is taken over from its process.",
+    )
+    max_run_time_s: float = Field(default=4 * 3600.0, gt=0, description="How long one attempt at a job may run.")
     worker_patience_s: float = Field(
         default=600.0, ge=0, description="How long a job waits for a lost generator or preprocessor to be replaced."
     )

@@ -10,6 +10,7 @@ from fastapi_offline import FastAPIOffline
 from schemas.model_profile import ModelProfile
 from serve_graph.api.auth import Authenticator
 from serve_graph.api.clip_files import SignedClips, clip_file_routes
+from serve_graph.api.job_routes import job_routes
 from serve_graph.api.middleware import RequestMiddleware
 from serve_graph.api.problems import install_handlers
 from serve_graph.api.request_id import REQUEST_ID_HEADER
@@ -30,16 +31,16 @@ def create_api(
     authenticator: Authenticator | None = None,
     cors_origins: Sequence[str] = (),
     signed_clips: SignedClips | None = None,
-    on_shutdown: Callable[[], AbstractAsyncContextManager[None]] | None = None,
+    while_running: Callable[[], AbstractAsyncContextManager[None]] | None = None,
 ) -> FastAPI:
     """The application. signed_clips: where this service answers the store's presigned URLs itself."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        if on_shutdown is None:
+        if while_running is None:
             yield
             return
-        async with on_shutdown():
+        async with while_running():
             yield
 
     app: FastAPI = FastAPIOffline(
@@ -53,7 +54,7 @@ def create_api(
     install_handlers(app, profile)
     authenticator = authenticator or Authenticator(None, protect_monitoring=False)
     all_routes = [*app.routes]  # the documentation's; an included router hides its own
-    routers = [routes(service, profile, authenticator)]
+    routers = [routes(service, profile, authenticator), job_routes(service.jobs, authenticator)]
     if signed_clips is not None:
         routers.append(clip_file_routes(signed_clips))
     for router in routers:

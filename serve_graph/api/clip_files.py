@@ -11,7 +11,7 @@ from fastapi import APIRouter, Path, Request
 from fastapi.responses import FileResponse, Response
 
 from schemas.errors import ClipNotFound, RangeNotSatisfiable
-from serve_graph.api.routes import problems
+from serve_graph.api.documented import problems
 from serve_graph.stores import LocalFiles
 from storage.keys import clip_key
 from storage.store import InvalidKey, ObjectNotFound, ObjectStat, content_type

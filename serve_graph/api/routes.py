@@ -1,40 +1,26 @@
 """The routes. Each one reads a request, asks the job service or the health monitor, and shapes the answer."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Path, Request, Security
+from fastapi import APIRouter, Body, Path, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
-from fastapi.security import HTTPBearer
 
 from schemas.clips import Clip
-from schemas.errors import PROBLEM_MEDIA_TYPE
 from schemas.health import Health
 from schemas.jobs import Job
 from schemas.model_profile import ModelProfile
 from schemas.requests import GenerateRequest
 from serve_graph.api.auth import Authenticator
 from serve_graph.api.context import context_of
+from serve_graph.api.documented import API_KEY, KEY_PROBLEMS, header, problems
 from serve_graph.api.middleware import CLIENT_CLOSED_REQUEST
+from serve_graph.api.prefer import IDEMPOTENCY_KEY, PREFER, Preference, idempotency_key
 from serve_graph.health import HealthMonitor
 from serve_graph.jobs import JobService
 from serve_graph.metrics import CONTENT_TYPE
-
-RESPOND_ASYNC = "respond-async"
-RETRY_STATUSES = (429, 503)
-"""Each problem with one of these has a `Retry-After`."""
-
-PREFER = {
-    "name": "Prefer",
-    "in": "header",
-    "required": False,
-    "description": "`respond-async` answers at once.",
-    "schema": {"type": "string"},
-    "example": RESPOND_ASYNC,
-}
-"""Documented by hand: a header may come in several lines, which FastAPI would call an array."""
 
 
 @dataclass(frozen=True)
@@ -44,29 +30,6 @@ class Service:
     jobs: JobService
     health: HealthMonitor
     metrics: Callable[[], Awaitable[bytes]]
-
-
-API_KEY: list[Any] = [Security(HTTPBearer(auto_error=False, description="An API key; `wan-serve key new` makes one."))]
-"""For the OpenAPI document; `RequestMiddleware` checks keys."""
-
-KEY_PROBLEMS = (401, 403, 429)
-
-
-def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The OpenAPI entries for the problem documents that a route may answer with.
-
-    No `model`: FastAPI would add it as application/json. `Problem` is in the document through `Job`.
-    """
-    content = {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    retry = {"headers": {"Retry-After": _header("Seconds to wait.", "integer")}}
-    return {
-        status: {"content": content, "description": "A problem", **(retry if status in RETRY_STATUSES else {})}
-        for status in statuses
-    }
-
-
-def _header(description: str, kind: str = "string") -> dict[str, Any]:
-    return {"description": description, "required": True, "schema": {"type": kind}}
 
 
 def routes(service: Service, profile: ModelProfile, authenticator: Authenticator) -> APIRouter:
@@ -87,48 +50,40 @@ def routes(service: Service, profile: ModelProfile, authenticator: Authenticator
         responses={
             202: {
                 "model": Job,
-                "description": "With `Prefer: respond-async`: the job.",
-                "headers": {"Location": _header("The job."), "Preference-Applied": _header("`respond-async`.")},
+                "description": "With `Prefer: respond-async`, or when `Prefer: wait=N` ran out: the job.",
+                "headers": {"Location": header("The job."), "Preference-Applied": header("What was honoured.")},
             },
-            **problems(*KEY_PROBLEMS, 409, 413, 422, 500, 503, 507),
+            **problems(*KEY_PROBLEMS, 409, 410, 413, 422, 500, 503, 504, 507),
         },
-        openapi_extra={"parameters": [PREFER]},
+        openapi_extra={"parameters": [PREFER, IDEMPOTENCY_KEY]},
         dependencies=key_on("/generate"),
     )
     async def generate(
         request: Request,
         body: Annotated[GenerateRequest, Body(openapi_examples=examples)],
     ) -> Response | Clip:
-        """Make one clip. Waits for it, unless `Prefer: respond-async` asks for the job instead."""
+        """Make one clip. Waits for it, unless `Prefer` asks for the job instead, or after some seconds."""
         context = context_of(request.scope)
+        key, preference = idempotency_key(request), Preference.of(request.headers.getlist("prefer"))
         await service.health.require_ready()
-        record = await service.jobs.submit(body, context.request_id, context.principal)
+        record = await service.jobs.submit(body, context.request_id, context.principal, idempotency_key=key)
         context.job_id = record.job_id
         context.prompt_hash = record.prompt_hash
         context.parameters = record.parameters
-        if wants_async(request.headers.getlist("prefer")):
-            job = await service.jobs.job(record.job_id, context.principal)
-            headers = {"Location": f"/jobs/{record.job_id}", "Preference-Applied": RESPOND_ASYNC}
-            return JSONResponse(job.model_dump(mode="json"), status_code=202, headers=headers)
-        return await _wait_for_clip(service.jobs, request, record.job_id)
-
-    @router.get(
-        "/jobs/{job_id}",
-        response_model=Job,
-        responses=problems(*KEY_PROBLEMS, 404, 422, 500, 503),
-        dependencies=key_on("/jobs/{job_id}"),
-    )
-    async def get_job(request: Request, job_id: Annotated[str, Path(examples=["job_" + "0" * 32])]) -> Job:
-        """How a job is doing, and its clip once it is done."""
-        return await service.jobs.job(job_id, context_of(request.scope).principal)
+        clip = await wait_for_clip(service.jobs, request, record.job_id, preference.wait_s)
+        if clip is not None:
+            return clip
+        job = await service.jobs.job(record.job_id, context.principal)
+        headers = {"Location": f"/jobs/{record.job_id}", "Preference-Applied": preference.applied or ""}
+        return JSONResponse(job.model_dump(mode="json"), status_code=202, headers=headers)
 
     @router.get(
         "/outputs/{clip_id}",
         status_code=307,
         response_class=Response,
         responses={
-            307: {"description": "To a freshly signed URL.", "headers": {"Location": _header("The signed URL.")}},
-            **problems(*KEY_PROBLEMS, 404, 422, 500, 503),
+            307: {"description": "To a freshly signed URL.", "headers": {"Location": header("The signed URL.")}},
+            **problems(*KEY_PROBLEMS, 404, 410, 422, 500, 503),
         },
         dependencies=key_on("/outputs/{clip_id}"),
     )
@@ -189,12 +144,6 @@ def routes(service: Service, profile: ModelProfile, authenticator: Authenticator
     return router
 
 
-def wants_async(prefer: Iterable[str]) -> bool:
-    """Whether Prefer headers hold `respond-async` (RFC 7240: comma-separated lists; parameters are ignored)."""
-    preferences = ",".join(prefer).split(",")
-    return any(preference.split(";")[0].strip().lower() == RESPOND_ASYNC for preference in preferences)
-
-
 def _examples(profile: ModelProfile) -> dict[str, Any]:
     """Requests for the OpenAPI document, by what they show; the profile takes each of them."""
     defaults = profile.defaults
@@ -221,22 +170,39 @@ def _examples(profile: ModelProfile) -> dict[str, Any]:
     }
 
 
-async def _wait_for_clip(jobs: JobService, request: Request, job_id: str) -> Response | Clip:
-    """Wait for the clip; when the client goes away first, its job is cancelled."""
-    waiting = asyncio.ensure_future(jobs.wait(job_id))
+async def wait_for_clip(
+    jobs: JobService, request: Request, job_id: str, wait_s: float | None
+) -> Response | Clip | None:
+    """Wait for the clip, `wait_s` at most; None when it isn't there by then.
+
+    When the client goes away first, its job is cancelled, unless others wait for it or it has an idempotency key.
+    """
+    if wait_s == 0:
+        return None
+    waiting = asyncio.ensure_future(jobs.wait(job_id, context_of(request.scope).principal))
     leaving = asyncio.ensure_future(_client_gone(request))
     try:
-        await asyncio.wait({waiting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not waiting.done():
-            jobs.cancel(job_id)
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
-        return waiting.result()
-    except asyncio.CancelledError:
-        jobs.cancel(job_id)  # Ray Serve cancels the request of a client that went away
+        await asyncio.wait({waiting, leaving}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+        if waiting.done():
+            return waiting.result()
+        if not leaving.done():
+            return None
+        await _stop(waiting)
+        jobs.abandon(job_id)
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    except asyncio.CancelledError:  # Ray Serve cancels the request of a client that went away
+        await _stop(waiting)
+        jobs.abandon(job_id)
         raise
     finally:
         leaving.cancel()
         waiting.cancel()
+
+
+async def _stop(waiting: asyncio.Future[Clip]) -> None:
+    """Let the waiter go, so that it isn't counted any more."""
+    waiting.cancel()
+    await asyncio.wait([waiting])
 
 
 async def _client_gone(request: Request) -> None:

@@ -11,7 +11,7 @@ from schemas.jobs import TRANSITIONS, JobRecord, JobState, clip_id_of, job_id_of
 from schemas.official_profiles import WAN_TINY
 from schemas.requests import GenerateRequest
 
-TERMINAL = {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}
+TERMINAL = {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.DELETED}
 
 
 def test_transitions_cover_every_state() -> None:
@@ -19,9 +19,9 @@ def test_transitions_cover_every_state() -> None:
 
 
 @pytest.mark.parametrize("state", JobState)
-def test_is_terminal_exactly_for_states_that_nothing_follows(state: JobState) -> None:
+def test_an_ended_job_can_only_be_deleted(state: JobState) -> None:
     assert state.is_terminal == (state in TERMINAL)
-    assert state.is_terminal == (not TRANSITIONS[state])
+    assert state.is_terminal == (TRANSITIONS[state] <= {JobState.DELETED})
 
 
 @pytest.mark.parametrize("state", sorted(set(JobState) - TERMINAL))
@@ -42,8 +42,8 @@ def leads_to(wanted: JobState) -> set[JobState]:
     return {state for state, following in TRANSITIONS.items() if wanted in following}
 
 
-def test_nothing_leads_back_to_queued() -> None:
-    assert all(JobState.QUEUED not in following for following in TRANSITIONS.values())
+def test_only_a_job_that_somebody_owned_goes_back_in_line() -> None:
+    assert leads_to(JobState.QUEUED) == {state for state in JobState if state.is_owned}
 
 
 def test_new_job_id_is_128_random_bits() -> None:
@@ -79,6 +79,7 @@ def _record() -> JobRecord:
         job_id=new_job_id(),
         request_id="request-1",
         state=JobState.QUEUED,
+        created_at=datetime(2026, 11, 5, tzinfo=UTC),
         at={JobState.QUEUED: datetime(2026, 11, 5, tzinfo=UTC)},
         attempt_token="0123456789abcdef",
         request=request,

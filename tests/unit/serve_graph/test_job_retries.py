@@ -18,7 +18,7 @@ from schemas.errors import (
 )
 from schemas.jobs import JobRecord, JobState
 from schemas.requests import GenerateRequest
-from serve_graph.jobs import MAX_ATTEMPTS
+from serve_graph.jobs.attempts import MAX_CRASHES as MAX_ATTEMPTS
 from storage.job_records import JobRecords
 from storage.keys import clip_key
 
@@ -125,7 +125,7 @@ async def test_a_job_fails_when_the_call_that_it_waits_for_has_no_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Serve keeps a call until there is a replica, be that for ever."""
-    monkeypatch.setattr("serve_graph.jobs.WATCH_INTERVAL_S", 0.01)
+    monkeypatch.setattr("serve_graph.jobs.attempts.WATCH_INTERVAL_S", 0.01)
     with open_jobs(tmp_path / "store", worker_patience_s=0.1) as jobs:
         jobs.worker.gates["queued"].close()
         jobs.worker.failures["health"] = ModelNotReady("the model is loading")
@@ -141,7 +141,7 @@ async def test_a_job_fails_when_the_call_that_it_waits_for_has_no_worker(
 async def test_a_job_whose_worker_is_there_in_time_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience_s: float, absences: list[Exception]
 ) -> None:
-    monkeypatch.setattr("serve_graph.jobs.WATCH_INTERVAL_S", 0.01)
+    monkeypatch.setattr("serve_graph.jobs.attempts.WATCH_INTERVAL_S", 0.01)
     with open_jobs(tmp_path / "store", worker_patience_s=patience_s) as jobs:
         gate = jobs.worker.gates["queued"]
         gate.close()

@@ -17,10 +17,10 @@ from support import CLIP_BYTES, PATIENCE_S, PROGRESS, PUBLIC_URL
 from schemas.clips import Clip
 from schemas.errors import OutOfMemory, RecordedFailure
 from schemas.jobs import Job, JobState
-from serve_graph.api.routes import wants_async
+from serve_graph.api.prefer import RESPOND_ASYNC, Preference
 
 OTHER_PREFERENCES = st.sampled_from(
-    ["", " ", "wait=10", "return=minimal", "respond-asynchronously", "no-respond-async", "foo;respond-async"]
+    ["", " ", "wait=soon", "return=minimal", "respond-asynchronously", "no-respond-async", "foo;respond-async"]
 )
 PREFERENCES = OTHER_PREFERENCES | st.text(st.characters(exclude_characters=","), max_size=12)
 
@@ -114,7 +114,7 @@ async def test_generate_sees_a_preference_in_a_second_header_line(api: Api) -> N
     await job_once_done(api, answer.json()["job_id"])
 
 
-@pytest.mark.parametrize("prefer", ["", "wait=10", "respond-asynchronously", "no-respond-async", "return=minimal"])
+@pytest.mark.parametrize("prefer", ["", "wait=soon", "respond-asynchronously", "no-respond-async", "return=minimal"])
 async def test_generate_waits_for_any_other_preference(api: Api, prefer: str) -> None:
     answer = await api.http.post("/generate", json={"prompt": PROMPT}, headers={"prefer": prefer})
 
@@ -133,8 +133,8 @@ def test_respond_async_is_seen_wherever_it_stands(
     before: list[str], after: list[str], name: str, space: str, parameter: str
 ) -> None:
     preferences = [*before, f"{space}{name}{parameter}{space}", *after]
-    assert wants_async([",".join(preferences)])
-    assert wants_async(preferences)
+    assert Preference.of([",".join(preferences)]) == Preference(0.0, RESPOND_ASYNC)
+    assert Preference.of(preferences) == Preference(0.0, RESPOND_ASYNC)
 
 
 @given(st.lists(OTHER_PREFERENCES | st.text(max_size=20), max_size=4))
@@ -142,7 +142,7 @@ def test_respond_async_is_seen_wherever_it_stands(
 @example(["\u017frespond-async"])
 def test_nothing_else_is_respond_async(lines: list[str]) -> None:
     said = [preference.split(";")[0].strip().lower() for line in lines for preference in line.split(",")]
-    assert wants_async(lines) is ("respond-async" in said)
+    assert (Preference.of(lines).applied == RESPOND_ASYNC) is ("respond-async" in said)
 
 
 async def test_job_shows_its_progress_and_then_its_clip(api: Api) -> None:

@@ -1,0 +1,37 @@
+"""What bounds the job service: numbers of jobs, and times."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class QueueLimits:
+    """max_waiting_jobs: beyond it, QueueFull. max_dispatched_jobs: handed to the worker at once.
+
+    max_clip_pixels: width x height x frames of one clip that fit into the device's memory; None: all that is legal.
+    """
+
+    max_waiting_jobs: int
+    max_dispatched_jobs: int
+    max_clip_pixels: int | None = None
+
+
+@dataclass(frozen=True)
+class Patiences:
+    """Times in seconds.
+
+    worker_s, store_s: how long a job waits for a lost worker to be replaced, and for a store that is away.
+    lease_s: a record that stays unchanged for so long has lost its owner.
+    stall_s: leases are renewed as long as the worker said something within so much.
+    run_s: how long one attempt may run, from its first step on.
+    """
+
+    worker_s: float
+    store_s: float
+    lease_s: float = 20.0
+    stall_s: float = 600.0
+    run_s: float = 4 * 3600.0
+
+    @property
+    def renewal_s(self) -> float:
+        """Between two renewals, and between two looks at others' jobs: two may be missed."""
+        return self.lease_s / 3

@@ -1,0 +1,55 @@
+"""A job that this process has in hand. Owns nothing but the state that dies with the process."""
+
+import asyncio
+from dataclasses import dataclass, field
+
+from schemas.errors import WanError
+from schemas.jobs import JobRecord, Progress
+
+
+@dataclass
+class LiveJob:
+    """A job that waits or runs here.
+
+    etag: of its record; None while a job of a batch has none yet.
+    began: when this process took it up, on the monotonic clock.
+    stopped_by: why its task was cancelled, where that was not a client's wish.
+    handed_back: it is left to the next process. lost: another process has it.
+    """
+
+    record: JobRecord
+    etag: str | None
+    began: float
+    progress: Progress | None = None
+    started: bool = False
+    ending: bool = False
+    stopping: bool = False
+    stopped_by: WanError | None = None
+    handed_back: bool = False
+    lost: bool = False
+    waiters: int = 0
+    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    listeners: set[asyncio.Event] = field(default_factory=set)
+    task: asyncio.Task[None] | None = None
+
+    @property
+    def job_id(self) -> str:
+        return self.record.job_id
+
+    def tell(self) -> None:
+        """Wake whoever follows this job."""
+        for listener in self.listeners:
+            listener.set()
+
+    def stop(self, reason: WanError | None = None) -> None:
+        """Cancel the job's task, unless its end is being recorded. reason: None where a client asked for it."""
+        if self.task is not None and not self.ending:
+            self.stopping = True
+            self.stopped_by = self.stopped_by or reason
+            # Behind its first step: a task that is cancelled before that never enters its `try`.
+            asyncio.get_running_loop().call_soon(self._cancel_now)
+
+    def _cancel_now(self) -> None:
+        if self.task is not None and not self.ending:
+            self.task.cancel()

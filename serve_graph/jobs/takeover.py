@@ -1,0 +1,144 @@
+"""Sees to jobs that nobody works on: left waiting at a stop, or running in a process that was lost.
+
+What has to be seen to is in the active index. A job whose record stays the same for the time of a lease, on this
+process's monotonic clock and with the store answering throughout, has lost its owner. No wall clock decides
+anything: containers are frozen and thawed, and clocks jump. Knows no worker and no HTTP.
+"""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+from schemas.errors import JobCancelled, JobNotFound, WanError
+from schemas.jobs import JobRecord, JobState
+from serve_graph.jobs.limits import Patiences
+from serve_graph.jobs.recording import Recorder
+from serve_graph.logs import log_event, log_failure
+from storage.job_records import ActiveEntry, Deleted
+from storage.store import PreconditionFailed
+
+MAX_LOOKS = 1_000
+"""Entries looked at in one sweep, oldest first."""
+
+MIN_ORPHAN_S = 600.0
+"""An entry without a record is no job that is being made, once it was there for so long."""
+
+
+class Jobs(Protocol):
+    """What the sweeper needs of the job service."""
+
+    def is_live(self, job_id: str) -> bool: ...
+
+    def room(self) -> int: ...
+
+    def adopt(self, record: JobRecord, etag: str) -> None: ...
+
+    async def file(self, record: JobRecord) -> None: ...
+
+
+@dataclass
+class _Watched:
+    """What the last looks at an entry have found. record: None where there was none."""
+
+    record: JobRecord | None
+    etag: str | None
+    since: float
+
+
+class Sweeper:
+    """Looks at the active index again and again.
+
+    model: jobs of other models are left to services that have these.
+    """
+
+    def __init__(self, recorder: Recorder, patiences: Patiences, *, model: str, jobs: Jobs) -> None:
+        self._recorder = recorder
+        self._records = recorder.records
+        self._patiences = patiences
+        self._model = model
+        self._jobs = jobs
+        self._watched: dict[str, _Watched] = {}
+        self._swept = False
+
+    async def run(self) -> None:
+        """Sweep until cancelled."""
+        while True:
+            try:
+                await self.sweep()
+            except WanError as failure:
+                log_failure("sweep_failed", failure)
+                self._watched.clear()  # owners could not renew either: begin to watch anew
+            except Exception as failure:  # the boundary: one bad sweep must not be the last one
+                log_failure("sweep_failed", failure)
+            await asyncio.sleep(self._patiences.renewal_s)
+
+    async def sweep(self) -> None:
+        """Look at everything once. Raises StoreUnavailable."""
+        entries = await self._recorder.io(lambda: sorted(self._records.active(), key=lambda e: e.entry, reverse=True))
+        others = [entry for entry in entries if not self._jobs.is_live(entry.id)][:MAX_LOOKS]
+        known = {entry.id for entry in others}
+        self._watched = {job_id: seen for job_id, seen in self._watched.items() if job_id in known}
+        for entry in others:
+            await self._look(entry)
+        self._swept = True
+
+    async def _look(self, entry: ActiveEntry) -> None:
+        now, seen = time.monotonic(), self._watched.get(entry.id)
+        try:
+            etag = await self._recorder.io(self._records.etag, entry.id)
+        except JobNotFound:
+            await self._see_orphan(entry, now, seen)
+            return
+        if seen is None or seen.etag != etag:
+            try:
+                record, etag = await self._recorder.io(self._records.get, entry.id)
+            except Deleted as deleted:
+                await self._recorder.io(self._records.bury, deleted.tombstone)
+                return
+            except WanError as failure:
+                if not isinstance(failure, JobNotFound):
+                    log_failure("record_unreadable", failure, job_id=entry.id)
+                return
+            first = seen is None
+            seen = self._watched[entry.id] = _Watched(record, etag, now)
+            if first and self._swept:
+                return  # made by another process a moment ago, most likely
+        if self._jobs.is_live(entry.id) or seen.record is None:
+            return
+        await self._see_to(seen.record, etag, now - seen.since)
+
+    async def _see_to(self, record: JobRecord, etag: str, unchanged_s: float) -> None:
+        if record.state.is_terminal:
+            await self._jobs.file(record)
+        elif record.model != self._model:
+            return
+        elif record.state is JobState.QUEUED:
+            if self._jobs.room() > 0:
+                self._jobs.adopt(record, etag)
+        elif unchanged_s >= self._patiences.lease_s:
+            await self._take_over(record, etag)
+
+    async def _take_over(self, record: JobRecord, etag: str) -> None:
+        """Put a job back in line whose owner is lost; the owner, if it thaws, finds its ETag gone."""
+        log_event("job_taken_over", level=logging.WARNING, job_id=record.job_id, request_id=record.request_id)
+        if record.cancel_requested:
+            error = JobCancelled().problem(job_id=record.job_id)
+            moved = self._records.moved(record, JobState.CANCELLED, lease=None, error=error)
+        else:
+            moved = self._records.moved(record, JobState.QUEUED, lease=None)
+        try:
+            etag = await self._recorder.io(self._records.write, moved, etag)
+        except PreconditionFailed:
+            return  # somebody was first, or its owner is back
+        if moved.state.is_terminal:
+            await self._jobs.file(moved)
+        elif self._jobs.room() > 0:
+            self._jobs.adopt(moved, etag)
+
+    async def _see_orphan(self, entry: ActiveEntry, now: float, seen: _Watched | None) -> None:
+        if seen is None:
+            self._watched[entry.id] = _Watched(None, None, now)
+        elif now - seen.since > max(MIN_ORPHAN_S, 10 * self._patiences.lease_s):
+            await self._recorder.io(self._records.forget_entry, entry)
