@@ -35,7 +35,7 @@ def serve(config: Config = CONFIG, host: Host = None, port: Port = None, as_json
     from serve_graph.server import StartFailed, load_config, serve_forever
 
     try:
-        serve_forever(load_config(config, host, port))
+        serve_forever(load_config(config, host, port), as_json=as_json)
     except ConfigError as error:
         fail(str(error), WRONG_USAGE, as_json)
     except StartFailed as error:

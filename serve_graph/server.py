@@ -4,6 +4,7 @@ Ray is imported only after the environment that pins it is set.
 """
 
 import asyncio
+import json
 import logging
 import os
 import secrets
@@ -111,8 +112,8 @@ def _http_options(path: Path, raw: dict[str, Any], host: str | None, port: int |
     return http
 
 
-def serve_forever(config: ServeConfig) -> None:
-    """Start, say when ready, and serve until SIGINT or SIGTERM. Raises ConfigError, StartFailed."""
+def serve_forever(config: ServeConfig, *, as_json: bool = False) -> None:
+    """Start, say when ready in a line on stdout, serve until SIGINT or SIGTERM. Raises ConfigError, StartFailed."""
     _check_port(config.host, config.port)
     _check_model(config.settings)
     configure_logging(level=config.settings.log_level)
@@ -127,17 +128,20 @@ def serve_forever(config: ServeConfig) -> None:
             try:
                 _deploy(schema, config.app_name, stopping)
                 if not stopping.is_set():
-                    base = config.settings.public_url
-                    print(
-                        f"ready in {time.monotonic() - began:.1f} s: {base}  docs {base}/docs  "
-                        f"health {base}/health  metrics {base}/metrics",
-                        flush=True,
-                    )
+                    _tell_ready(config.settings.require_public_url(), time.monotonic() - began, as_json)
                     stopping.wait()
             finally:
                 log_event("stopping")
                 _stop(config)
     log_event("stopped")
+
+
+def _tell_ready(base: str, start_s: float, as_json: bool) -> None:
+    places = {name: f"{base}/{name}" for name in ("docs", "health", "metrics")}
+    if as_json:
+        print(json.dumps({"ready": base, "start_s": round(start_s, 1), **places}), flush=True)
+    else:
+        print(f"ready in {start_s:.1f} s: {base}  " + "  ".join(f"{n} {url}" for n, url in places.items()), flush=True)
 
 
 def check_schema(raw: dict[str, Any]) -> "ServeDeploySchema":
