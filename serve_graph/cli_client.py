@@ -6,6 +6,7 @@ Results go to stdout, everything else to stderr, so that `--json` can be piped.
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -32,6 +33,7 @@ _EXCERPT: Final = 48
 _PIPED_WIDTH: Final = 160
 _USAGE_STATUSES: Final = frozenset({401, 403, 413, 422})
 _SERVER_ERROR: Final = 500
+_TROUBLE_EVERY_S: Final = 30.0
 
 Url = Annotated[str, typer.Option("--url", envvar=URL_VARIABLE, help="Where the service is.", show_default=True)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
@@ -55,7 +57,7 @@ def client_of(url: str, as_json: bool, patience_s: float = 0.0) -> Iterator[WanC
     """A client with the environment's API key; what goes wrong with it ends the command in one line."""
     try:
         key = os.environ.get(API_KEY_VARIABLE) or None
-        client = WanClient(url, key, patience_s=patience_s, on_trouble=_tell_trouble)
+        client = WanClient(url, key, patience_s=patience_s, on_trouble=_Trouble())
     except ValueError as error:
         fail(f"{error}: see --url ({URL_VARIABLE}) and {API_KEY_VARIABLE}", WRONG_USAGE, as_json)
     with client:
@@ -144,9 +146,16 @@ def add_row(to: Table, *cells: str) -> None:
     to.add_row(*(Text(cell) for cell in cells))
 
 
-def _tell_trouble(error: ClientError, pause_s: float) -> None:
-    again = f"trying again in {max(1, round(pause_s))} s"
-    if isinstance(error, ServiceUnreachable):
-        print(f"wan-serve: {in_one_line(error)}; {again}", file=sys.stderr, flush=True)
-    else:
-        print(f"wan-serve: {printable(str(error))}; {again}", file=sys.stderr, flush=True)
+class _Trouble:
+    """Says that something is repeated: at first, when it changes, and now and then while it lasts."""
+
+    def __init__(self) -> None:
+        self._told = ""
+        self._again_at = 0.0
+
+    def __call__(self, error: ClientError, pause_s: float) -> None:
+        """Tell it on stderr, or not again."""
+        line = in_one_line(error) if isinstance(error, ServiceUnreachable) else printable(str(error))
+        if line != self._told or time.monotonic() >= self._again_at:
+            self._told, self._again_at = line, time.monotonic() + _TROUBLE_EVERY_S
+            print(f"wan-serve: {line}; trying again", file=sys.stderr, flush=True)

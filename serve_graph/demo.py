@@ -1,6 +1,7 @@
 """`make demo`: the service as a child process, one clip through its public HTTP API, and a clean stop."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -81,6 +82,13 @@ def run_demo(config: Path, prompt: str, out: Path) -> DemoReport:
     except av.FFmpegError as error:
         raise DemoFailed(f"{mp4} can't be decoded") from error
     return DemoReport(clip, mp4, sheet, start_s)
+
+
+def _command() -> str:
+    """How this user calls `wan-serve` from here."""
+    if shutil.which("wan-serve") is not None:
+        return "wan-serve"
+    return os.path.relpath(Path(sys.executable).parent / "wan-serve")
 
 
 def _free_port() -> int:
