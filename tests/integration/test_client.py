@@ -99,6 +99,51 @@ def test_unknown_ids_are_problems(client: WanClient) -> None:
     with pytest.raises(ApiProblem) as caught:
         client.wait(f"job_{NOBODYS}")
     assert names(caught) == (404, "job-not-found")
+    with pytest.raises(ApiProblem) as caught:
+        client.batch(f"batch_{NOBODYS}")
+    assert names(caught) == (404, "batch-not-found")
+
+
+def test_batch_runs_to_its_end_and_its_results_come_in_order(client: WanClient, tmp_path: Path) -> None:
+    requests = [GenerateRequest(prompt=f"circle {n}", num_inference_steps=2, seed=n) for n in range(4)]
+    key = f"batch-{time.time_ns()}"
+    batch = client.submit_batch(requests, key)
+    assert (batch.total, client.submit_batch(requests, key).batch_id) == (4, batch.batch_id)
+    while (batch := client.batch(batch.batch_id)).state != "ended":
+        time.sleep(0.05)
+
+    results = list(client.batch_results(batch.batch_id))
+    assert [(result.index, result.state) for result in results] == [(n, JobState.SUCCEEDED) for n in range(4)]
+    assert [job.job_id for job in client.jobs(batch_id=batch.batch_id)] in (
+        [result.job_id for result in results],
+        [result.job_id for result in results][::-1],
+    )
+    assert batch.counts.succeeded == 4
+    assert results[3].clip is not None
+    assert holds(client.download(results[3].clip, tmp_path / "3.mp4"), results[3].clip)
+
+
+def test_batch_can_be_cancelled(client: WanClient) -> None:
+    batch = client.submit_batch([LONG] * 3)
+    client.cancel_batch(batch.batch_id)
+    while (batch := client.batch(batch.batch_id)).state != "ended":
+        time.sleep(0.05)
+
+    assert batch.counts.cancelled >= 1
+    assert client.cancel_batch(batch.batch_id).state == "ended"
+
+
+def test_batch_with_a_wrong_request_is_refused_whole_and_named_by_its_index(client: WanClient) -> None:
+    with pytest.raises(ApiProblem) as caught:
+        client.submit_batch([SHORT, GenerateRequest(prompt="x", num_frames=80)])
+    assert names(caught) == (422, "invalid-request")
+    assert [error.field for error in caught.value.problem.errors or ()] == ["requests.1.num_frames"]
+
+
+def test_batches_are_listed_newest_first(client: WanClient) -> None:
+    made = [client.submit_batch([SHORT]).batch_id for _ in range(2)]
+
+    assert [batch.batch_id for batch in client.batches()][:2] == made[::-1]
 
 
 def test_models_and_health_are_typed(client: WanClient) -> None:

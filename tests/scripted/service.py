@@ -121,6 +121,10 @@ def scripted_app(script: Script) -> ASGIApp:
             script.keys[request.headers["idempotency-key"]] = body, batch_id
         return answer(script.batch(batch_id), 202)
 
+    async def batches(request: Request) -> Response:
+        found = [script.batch(batch_id).model_dump(mode="json") for batch_id in reversed(script.batches)]
+        return JSONResponse({"batches": found, "next_cursor": None})
+
     async def batch(request: Request) -> Response:
         return answer(script.batch(request.path_params["batch_id"]), 200)
 
@@ -194,6 +198,7 @@ def scripted_app(script: Script) -> ASGIApp:
             Route("/jobs/{job_id}/events", events),
             Route("/jobs/{job_id}/cancel", cancel, methods=["POST"]),
             Route("/batches", make_batch, methods=["POST"]),
+            Route("/batches", batches),
             Route("/batches/{batch_id}", batch),
             Route("/batches/{batch_id}/cancel", cancel_batch, methods=["POST"]),
             Route("/batches/{batch_id}/results", results),
