@@ -132,7 +132,7 @@ class JobRecords:
         """Write a new record. Returns its ETag. Raises PreconditionFailed when the id has one already."""
         if record.batch_id is not None:  # the batch has an entry for all of its jobs
             return self._store.put(job_key(record.job_id), _encode(record), if_none_match=True).etag
-        key, began = active_key(record.principal, _entry(record)), time.monotonic()
+        key, began = active_key(record.principal, entry_of(record)), time.monotonic()
         self._store.put(key, b"")
         try:
             etag = self._store.put(job_key(record.job_id), _encode(record), if_none_match=True).etag
@@ -205,7 +205,7 @@ class JobRecords:
         if item is not None:
             self._store.put(batch_done_key(*item, record.state), b"")
             return
-        entry = _entry(record)
+        entry = entry_of(record)
         self._store.put(done_key(record.principal, record.state, entry), b"")
         self._store.delete(active_key(record.principal, entry))
 
@@ -294,8 +294,8 @@ class JobRecords:
         """The record was there already; the entry just written is one too many, unless it is the record's own."""
         with suppress(JobNotFound, Deleted):
             found, _ = self.get(refused.job_id)
-            if _entry(found) != _entry(refused):
-                self._store.delete(active_key(refused.principal, _entry(refused)))
+            if entry_of(found) != entry_of(refused):
+                self._store.delete(active_key(refused.principal, entry_of(refused)))
 
 
 def request_digest(job_id: str, request: GenerateRequest) -> str:
@@ -303,7 +303,8 @@ def request_digest(job_id: str, request: GenerateRequest) -> str:
     return hashlib.sha256(f"{job_id}\n{request.model_dump_json()}".encode()).hexdigest()
 
 
-def _entry(record: JobRecord) -> str:
+def entry_of(record: JobRecord) -> str:
+    """What an index lists this job as. Another entry with its id is left of a submission that was cut short."""
     return index_entry(record.created_at, record.job_id)
 
 

@@ -53,8 +53,8 @@ from serve_graph.jobs.worker import Worker
 from serve_graph.logs import log_event, log_failure, log_job
 from serve_graph.metrics import IngressMetrics
 from serve_graph.prompts import clean_prompt, prompt_hash, surely_fits
-from storage.job_records import Deleted, JobRecords, request_digest
-from storage.keys import entry_id, index_entry
+from storage.job_records import Deleted, JobRecords, entry_of, request_digest
+from storage.keys import entry_id
 from storage.store import InvalidKey, PreconditionFailed, PresignedUrl, Presigner
 
 T = TypeVar("T")
@@ -228,7 +228,7 @@ class JobService:
         """
         if after_job is not None:
             record = await self._record(after_job, principal)
-            after = index_entry(record.created_at, record.job_id)
+            after = entry_of(record)
         _check_cursor(after)
         states = tuple(JobState) if state is None else (state,)
         found: list[JobRecord] = []
@@ -242,7 +242,7 @@ class JobService:
             more = more or len(found) + len(matching) > limit
             found += matching[: limit - len(found)]
             after = entries[-1] if entries else after
-        cursor = index_entry(found[-1].created_at, found[-1].job_id) if found and more else None
+        cursor = entry_of(found[-1]) if found and more else None
         return JobPage(jobs=tuple(map(self._view, found)), next_cursor=cursor)
 
     async def changes(self, job_id: str, principal: Principal = NOBODY) -> AsyncGenerator[Job, None]:
@@ -672,12 +672,11 @@ class JobService:
         """The record behind an entry of an index; None where there is none any more."""
         job_id = entry_id(entry)
         live = self._live.get(job_id)
-        if live is not None:
-            return live.record
         try:
-            return (await self._recorder.io(self._records.get, job_id))[0]
+            record = live.record if live is not None else (await self._recorder.io(self._records.get, job_id))[0]
         except (JobNotFound, Deleted):
             return None
+        return record if entry_of(record) == entry else None
 
     def _view(self, record: JobRecord, live: LiveJob | None = None) -> Job:
         live = live or self._live.get(record.job_id)

@@ -16,7 +16,7 @@ from schemas.jobs import JobRecord, JobState
 from serve_graph.jobs.limits import Patiences
 from serve_graph.jobs.recording import Recorder
 from serve_graph.logs import log_event, log_failure
-from storage.job_records import ActiveEntry, Deleted
+from storage.job_records import ActiveEntry, Deleted, entry_of
 from storage.store import PreconditionFailed
 
 MAX_LOOKS = 1_000
@@ -100,6 +100,9 @@ class Sweeper:
             except WanError as failure:
                 if not isinstance(failure, JobNotFound):
                     log_failure("record_unreadable", failure, job_id=entry.id)
+                return
+            if entry_of(record) != entry.entry:
+                await self._recorder.io(self._records.forget_entry, entry)
                 return
             first = seen is None
             seen = self._watched[entry.id] = _Watched(record, etag, now)
