@@ -32,6 +32,7 @@ from serve_graph.client.wan_client import clip_of, new_idempotency_key
 from serve_graph.job_progress import job_progress
 
 STDOUT: Final = "-"
+_CANCEL_PATIENCE_S: Final = 10.0
 
 
 def generate(
@@ -136,6 +137,7 @@ def _finished(client: WanClient, request: GenerateRequest, as_json: bool) -> Job
         with job_progress(stderr()) as show:
             return client.wait(job.job_id, show)
     except KeyboardInterrupt:
+        client.set_patience(_CANCEL_PATIENCE_S)
         try:
             if job is None:
                 job = client.submit(request, key)  # whether or not it had arrived: the same job

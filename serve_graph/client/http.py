@@ -71,7 +71,7 @@ class Connection:
         base_url: scheme, host, port and perhaps a path.
         api_key: sent to the service only, never to a store.
         timeout_s: for each silence of the other side.
-        patience_s: how long one call goes on trying.
+        patience_s: how long one call goes on trying; may be changed.
         on_trouble: told before each repetition.
         transport: in place of the network, for tests.
 
@@ -92,7 +92,7 @@ class Connection:
             raise ValueError("the API key has characters that no key has")
         timeout = httpx.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s))
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key.strip()}"}
-        self._patience_s = patience_s
+        self.patience_s = patience_s
         self._on_trouble = on_trouble
         self._api = httpx.Client(base_url=base_url, headers=headers, timeout=timeout, transport=transport)
         self._files = httpx.Client(timeout=timeout, transport=transport)
@@ -104,7 +104,7 @@ class Connection:
 
     def pauses(self) -> Pauses:
         """The pauses of a new call."""
-        return Pauses(self._patience_s, self._on_trouble)
+        return Pauses(self.patience_s, self._on_trouble)
 
     def send(
         self,

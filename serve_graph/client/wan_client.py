@@ -70,6 +70,10 @@ class WanClient:
         """Close every connection."""
         self._connection.close()
 
+    def set_patience(self, patience_s: float) -> None:
+        """How long each later call goes on trying."""
+        self._connection.patience_s = patience_s
+
     def ping(self) -> None:
         """Ask once whether anything answers, ready or not. Raises ServiceUnreachable."""
         with suppress(ApiProblem):

@@ -33,12 +33,13 @@ def clip_bytes(job_id: str) -> bytes:
 
 @dataclass
 class Fault:
-    """Answers `times` requests to paths that match. drop: close the connection instead, after `after_bytes`."""
+    """Answers `times` requests to paths that match, after `delay_s`."""
 
     path: str
     status: int = 503
     retry_after: str | None = "0"
     times: int = 1
+    delay_s: float = 0.0
     body: bytes = b"{}"
     media_type: str = PROBLEM_MEDIA_TYPE
     methods: tuple[str, ...] = ("GET", "POST", "DELETE")

@@ -221,6 +221,7 @@ def scripted_app(script: Script) -> ASGIApp:
         for fault in script.faults:
             if fault.times > 0 and re.fullmatch(fault.path, path) and request.method in fault.methods:
                 fault.times -= 1
+                await asyncio.sleep(fault.delay_s)
                 headers = {} if fault.retry_after is None else {"retry-after": fault.retry_after}
                 return Response(fault.body, fault.status, headers, fault.media_type)
         signed = re.fullmatch("/outputs/[^/]+/[^/]+", path) is not None

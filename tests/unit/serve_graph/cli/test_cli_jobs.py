@@ -93,6 +93,36 @@ def test_ctrl_c_cancels_the_job_and_waits_for_the_answer(start: Start, scripted:
     assert errors == f"wan-serve: interrupted: {job.job_id} is cancelled\n"
 
 
+def test_ctrl_c_before_the_submission_is_answered_cancels_it_too(start: Start, scripted: ScriptedService) -> None:
+    scripted.script.auto = False
+    scripted.script.faults = [Fault("/generate", 503, retry_after="60")]
+    process = start("generate", "a long one")
+    assert process.stderr is not None
+    assert "trying again" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+
+    assert process.returncode == 130
+    assert [job.state for job in scripted.script.jobs.values()] == [JobState.CANCELLED]
+    assert errors.endswith(" is cancelled\n")
+
+
+@pytest.mark.parametrize("arguments", [["status", "job_1", "--watch"], ["jobs"]])
+def test_ctrl_c_elsewhere_ends_with_130_and_no_traceback(
+    start: Start, scripted: ScriptedService, arguments: list[str]
+) -> None:
+    scripted.script.auto = False
+    scripted.script.make(GenerateRequest(prompt="x"), "job_1")
+    scripted.script.faults = [Fault("/jobs", delay_s=5)]
+    process = start(*arguments)
+    while not [path for _, path in scripted.script.asked if path in {"/jobs", "/jobs/job_1/events"}]:
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+
+    assert (process.returncode, errors) == (130, "")
+
+
 def test_service_that_is_not_there_is_told_at_once_with_what_to_do(wan_serve: Run, scripted: ScriptedService) -> None:
     scripted.stop()
     for command in (["generate", "x"], ["jobs"], ["status", "job_x"], ["cancel", "batch_x"], ["models"], ["health"]):
