@@ -38,7 +38,7 @@ class Attempts:
         recorder: Recorder,
         patiences: Patiences,
         *,
-        on_start: Callable[[], None],
+        on_start: Callable[[LiveJob], None],
         on_retry: Callable[[LiveJob, WanError], None],
     ) -> None:
         self._worker = worker
@@ -111,7 +111,7 @@ class Attempts:
                     started = time.monotonic()
                     run_time.reschedule(asyncio.get_running_loop().time() + self._patiences.run_s)
                     live.started = True
-                    self._on_start()
+                    self._on_start(live)
                     await self._recorder.move(live, JobState.RUNNING)
                 elif isinstance(event, Progress):
                     live.progress = event
@@ -149,7 +149,7 @@ class Attempts:
             await self.discard_clip(live)
         live.started, live.progress = False, None
         live.record = record.model_copy(update=blame)  # goes into the store with the next attempt's claim
-        self._on_start()
+        self._on_start(live)
 
     async def discard_clip(self, live: LiveJob) -> None:
         """An upload may have ended just before its attempt did; its clip belongs to no one."""

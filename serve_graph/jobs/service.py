@@ -11,7 +11,6 @@ import contextvars
 import hashlib
 import hmac
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
@@ -43,6 +42,7 @@ from schemas.model_profile import ModelProfile
 from schemas.requests import GenerateRequest, GenerationParameters, url_ttl
 from serve_graph.api_keys import NOBODY, Principal
 from serve_graph.jobs.attempts import Attempts
+from serve_graph.jobs.census import Census
 from serve_graph.jobs.following import Followers
 from serve_graph.jobs.limits import Patiences, QueueLimits
 from serve_graph.jobs.live import LiveJob
@@ -98,13 +98,13 @@ class JobService:
         self._views = Views(presigner, default_url_ttl, clip_retention)
         self._followers = Followers(self._recorder)
         self._attempts = Attempts(
-            worker, self._recorder, patiences, on_start=self._tell_metrics, on_retry=self._note_retry
+            worker, self._recorder, patiences, on_start=self._note_start, on_retry=self._note_retry
         )
         self._sweeper = Sweeper(self._recorder, patiences, model=profile.name, jobs=self)
         self._live: dict[str, LiveJob] = {}
         self._waiting: dict[str, LiveJob] = {}
         self._dispatched = 0
-        self._submitting: Counter[str] = Counter()
+        self._census = Census()
         self._creating: dict[str, asyncio.Task[None]] = {}
         self._filing: set[asyncio.Task[None]] = set()
         self._tending: list[asyncio.Task[None]] = []
@@ -148,13 +148,13 @@ class JobService:
         if not cleaned:
             raise InvalidRequest([FieldError(field="prompt", message="is blank once it is cleaned as Wan does")])
         self._admit(principal)
-        self._submitting[principal.name] += 1  # until `_create` has made it a live job
+        self._census.submitting[principal.name] += 1  # until `_create` has made it a live job
         try:
             if not self._surely_fits(cleaned, parameters):
                 await self._worker.check(parameters)
                 self._refuse_if_draining()
         except BaseException:
-            self._submitting[principal.name] -= 1
+            self._census.submitting[principal.name] -= 1
             raise
         now = datetime.now(UTC)
         record = JobRecord(
@@ -304,12 +304,8 @@ class JobService:
 
     def queue(self) -> QueueHealth:
         """How full the service is."""
-        running = sum(live.started for live in self._live.values())
-        return QueueHealth(
-            waiting=len(self._live) - running + self._submitting.total(),
-            running=running,
-            capacity=self._limits.max_waiting_jobs,
-        )
+        census = self._census
+        return QueueHealth(waiting=census.waiting, running=census.running, capacity=self._limits.max_waiting_jobs)
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new jobs, let those under way end, and hand back to the store what has not after `timeout_s`."""
@@ -398,9 +394,7 @@ class JobService:
         if waiting >= allowed:
             raise QueueFull(allowed, self._seconds_for(waiting))
         allowed = principal.max_waiting_jobs or allowed
-        mine = self._submitting[principal.name] + sum(
-            live.record.principal == principal.name and not live.started for live in self._live.values()
-        )
+        mine = self._census.waiting_of(principal.name)
         if mine >= allowed:
             raise QuotaExceeded(allowed, self._seconds_for(mine))
 
@@ -423,12 +417,13 @@ class JobService:
         try:
             etag = await self._recorder.io(self._records.create, record)
         finally:
-            self._submitting[record.principal] -= 1
+            self._census.submitting[record.principal] -= 1
         if record.job_id not in self._live:  # a sweep may have found it first
             self._enqueue(LiveJob(record, etag, began=time.monotonic()))
 
     def _enqueue(self, live: LiveJob) -> None:
         self._live[live.job_id] = self._waiting[live.job_id] = live
+        self._census.came(live)
         self._dispatch()
         self._tell_metrics()
 
@@ -474,8 +469,9 @@ class JobService:
 
     def _let_go(self, live: LiveJob) -> None:
         """This process has the job no longer in hand."""
-        self._live.pop(live.job_id, None)
+        del self._live[live.job_id]
         self._waiting.pop(live.job_id, None)
+        self._census.went(live)
         live.ended.set()
         live.tell()
         if live.record.state.is_terminal and not live.lost:
@@ -684,6 +680,10 @@ class JobService:
             return self._views.job(record)
         position = list(self._waiting).index(live.job_id) if live.job_id in self._waiting else None
         return self._views.job(record, progress=live.progress, position=position)
+
+    def _note_start(self, live: LiveJob) -> None:
+        self._census.moved(live)
+        self._tell_metrics()
 
     def _note_retry(self, live: LiveJob, failure: WanError) -> None:
         self._metrics.job_retried(failure.name)

@@ -20,7 +20,10 @@ from storage.job_records import ActiveEntry, Deleted, entry_of
 from storage.store import PreconditionFailed
 
 MAX_LOOKS = 1_000
-"""Entries looked at in one sweep, oldest first."""
+"""Entries looked at in one sweep, oldest first, beyond those there is room for."""
+
+LOOKERS = 8
+"""Looks at the store at the same time; half of the pool's threads."""
 
 MIN_ORPHAN_S = 600.0
 """An entry without a record is no job that is being made, once it was there for so long."""
@@ -77,11 +80,17 @@ class Sweeper:
     async def sweep(self) -> None:
         """Look at everything once. Raises StoreUnavailable."""
         entries = await self._recorder.io(lambda: sorted(self._records.active(), key=lambda e: e.entry, reverse=True))
-        others = [entry for entry in entries if not self._jobs.is_live(entry.id)][:MAX_LOOKS]
+        others = [entry for entry in entries if not self._jobs.is_live(entry.id)]
+        others = others[: max(MAX_LOOKS, self._jobs.room())]
         known = {entry.id for entry in others}
         self._watched = {job_id: seen for job_id, seen in self._watched.items() if job_id in known}
-        for entry in others:
-            await self._look(entry)
+        looking = iter(others)
+
+        async def look() -> None:
+            for entry in looking:
+                await self._look(entry)
+
+        await asyncio.gather(*(look() for _ in range(LOOKERS)))
         self._swept = True
 
     async def _look(self, entry: ActiveEntry) -> None:

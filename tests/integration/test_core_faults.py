@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from s3_servers.ministack import BUCKETS, Ministack
 from service_core.control import Core, Nursery, Work, cores, ended_jobs, planned, succeeded
 
 KILLS = 50
@@ -183,6 +184,86 @@ def test_a_stop_hands_back_what_it_can_not_end(nursery: Nursery, tmp_path: Path)
         assert succeeded(jobs) == 5
         assert [job.parameters.model_dump() for job in jobs] == [answer["parameters"] for answer in answers]
         assert sorted(job.attempts for job in jobs) == [1, 1, 1, 2, 2]
+
+
+LEASE_S = 0.4
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_bucket_is_away_for_more_than_three_leases(
+    nursery: Nursery, tmp_path: Path, count: int, tell: Callable[[str, str], None]
+) -> None:
+    """Whatever state a job is in. Nobody could renew, so nobody has lost anything: no clip is made twice."""
+    with Ministack(tmp_path / "s3") as server, cores(nursery, count, tmp_path, on_bucket(server, tmp_path)) as services:
+        keys = {"WAN_S3_ACCESS_KEY": server.info.access_key, "WAN_S3_SECRET_KEY": server.info.secret_key}
+        for core in services:
+            planned(core, environment=keys, step_s=0.05, lease_s=LEASE_S, max_dispatched_jobs=3).start()
+        job_ids = [submit(services[0], f"{n}") for n in range(10)]
+        wait_for(lambda: Work.read(services[0]).commits >= 2)
+        server.freeze()
+        time.sleep(4 * LEASE_S)
+        server.thaw()
+        jobs = ended_jobs(services[-1], job_ids, PATIENCE_S)
+        assert succeeded(jobs) == len(jobs)
+        work = Work.read(services[0])
+        assert work.committed_twice == 0
+        for core in services:
+            core.stop()
+    tell("faults", f"bucket away for four leases, {count} core(s): 10 jobs, {work.renders} renders begun, lost 0")
+    assert work.renders == 10
+
+
+def submit(core: Core, prompt: str) -> str:
+    answer = httpx.post(core.base + "/generate", json={"prompt": prompt}, headers={"Prefer": "respond-async"})
+    assert answer.status_code == 202, answer.text
+    job_id: str = answer.json()["job_id"]
+    return job_id
+
+
+def on_bucket(server: Ministack, folder: Path) -> dict[str, object]:
+    bucket = {"endpoint": server.info.endpoint, "bucket": f"{BUCKETS}core", "read_timeout_s": 0.5}
+    return {"storage": {"kind": "s3", "folder": str(folder / "secret"), "create_bucket": True, "s3": bucket}}
+
+
+def test_ten_thousand_jobs_wait(nursery: Nursery, tmp_path: Path, tell: Callable[[str, str], None]) -> None:
+    """In bounded memory, and they all wait still after a kill."""
+    count = 10_000
+    with cores(nursery, 1, tmp_path) as (core,):
+        planned(core, step_s=3600.0, max_dispatched_jobs=2, max_waiting_jobs=2 * count, lease_s=5.0).start()
+        before = core.rss_bytes()
+
+        async def submit_all() -> None:
+            limits = httpx.Limits(max_connections=32)
+            async with httpx.AsyncClient(base_url=core.base, timeout=60, limits=limits) as http:
+                turns = asyncio.Semaphore(32)
+
+                async def one(number: int) -> None:
+                    async with turns:
+                        answer = await http.post(
+                            "/generate", json={"prompt": f"{number}"}, headers={"Prefer": "respond-async"}
+                        )
+                        assert answer.status_code == 202, answer.text
+
+                await asyncio.gather(*map(one, range(count)))
+
+        began = time.monotonic()
+        asyncio.run(submit_all())
+        accepted_s = time.monotonic() - began
+        grown = (core.rss_bytes() - before) / 2**20
+        core.kill()
+        began = time.monotonic()
+        core.start()
+        waiting = lambda: httpx.get(core.base + "/health", timeout=10).json()["queue"]["waiting"]  # noqa: E731
+        wait_for(lambda: waiting() >= count - 2)
+        resumed_s = time.monotonic() - began
+        page = httpx.get(core.base + "/jobs", params={"limit": 100}, timeout=10).json()
+        assert len(page["jobs"]) == 100
+    tell(
+        "faults",
+        f"{count} jobs waiting: accepted in {accepted_s:.1f} s, {grown:.0f} MiB, "
+        f"all in line again {resumed_s:.1f} s after a kill",
+    )
+    assert grown < 400
 
 
 def test_a_thousand_idle_event_streams(nursery: Nursery, tmp_path: Path, tell: Callable[[str, str], None]) -> None:

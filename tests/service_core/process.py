@@ -21,6 +21,7 @@ import numpy as np
 import uvicorn
 
 from schemas.clips import Timings
+from schemas.errors import StoreUnavailable
 from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask, Started, TextEmbedding
 from schemas.health import GeneratorHealth, ModelHealth
 from schemas.jobs import Progress, RenderedClip
@@ -34,12 +35,14 @@ from serve_graph.health import HealthMonitor
 from serve_graph.jobs import JobService, Patiences, QueueLimits
 from serve_graph.logs import configure_logging
 from serve_graph.metrics import IngressMetrics, merge, new_registry, snapshot
+from serve_graph.patience import Patience
 from serve_graph.settings import Settings
-from serve_graph.stores import SignedStore, open_signed_store
+from serve_graph.stores import SignedStore, open_signed_store, prepare_store
 from storage.job_records import JobRecords
-from storage.store import ObjectStat
+from storage.store import PreconditionFailed
 
 STEPS = 4
+PATIENCE_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -114,13 +117,29 @@ class SlowWorker:
             self._log.note("step", task.job_id, token)
             yield Progress(stage="denoise", step=step + 1, steps=STEPS, seconds_left=self._step_s * (STEPS - step))
         body = f"{task.job_id} {task.parameters.seed}".encode()
-        await asyncio.get_running_loop().run_in_executor(self._executor, self._upload, task.clip_key, body)
+        await self._upload(task.clip_key, body)
         self._log.note("rendered", task.job_id, token)
         digest = hashlib.sha256(body).hexdigest()
         yield RenderedClip(key=task.clip_key, size_bytes=len(body), sha256=digest, timings=Timings(total=1.0))
 
-    def _upload(self, key: str, body: bytes) -> ObjectStat:
-        return self._store.put(key, body, if_none_match=True)
+    async def _upload(self, key: str, body: bytes) -> None:
+        """Again and again while the store is away, as the renderer does it."""
+        patience, again = Patience(PATIENCE_S), False
+        while True:
+            try:
+                await asyncio.get_running_loop().run_in_executor(
+                    self._executor, lambda: self._store.put(key, body, if_none_match=True)
+                )
+            except StoreUnavailable:
+                again = True
+                if not await patience.pause():
+                    raise
+            except PreconditionFailed:
+                if again:  # the lost answer was a yes
+                    return
+                raise
+            else:
+                return
 
     async def health(self) -> GeneratorHealth:
         model = ModelHealth(profile="wan-tiny", revision=None, loaded=True, dtype="float32", device="cpu")
@@ -134,7 +153,7 @@ def serve(plan: Plan) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     configure_logging()
-    settings = Settings(**plan.settings)
+    settings, _ = prepare_store(Settings(**plan.settings))
     executor = ThreadPoolExecutor(max_workers=16)
     opened, log, registry = open_signed_store(settings), WorkLog(plan.log), new_registry()
     metrics, worker = IngressMetrics(registry), SlowWorker(opened, log, plan.step_s, executor)

@@ -1,0 +1,54 @@
+"""How many jobs this process has in hand, whose they are and whether they run. Its cost does not grow with them."""
+
+from collections import Counter
+
+from serve_graph.jobs.live import LiveJob
+
+
+class Census:
+    """submitting: by principal, those that are checked and not yet recorded; the job service counts them itself."""
+
+    def __init__(self) -> None:
+        self.submitting: Counter[str] = Counter()
+        self._waiting: Counter[str] = Counter()
+        self._running: set[str] = set()
+        self._total = 0
+
+    def came(self, live: LiveJob) -> None:
+        """A job that waits."""
+        self._total += 1
+        self._waiting[live.record.principal] += 1
+
+    def moved(self, live: LiveJob) -> None:
+        """It may have got a slot of the engine, or lost it."""
+        principal, ran = live.record.principal, live.job_id in self._running
+        if live.started and not ran:
+            self._running.add(live.job_id)
+            self._waiting[principal] -= 1
+        elif ran and not live.started:
+            self._running.discard(live.job_id)
+            self._waiting[principal] += 1
+
+    def went(self, live: LiveJob) -> None:
+        """This process has it no longer in hand."""
+        self._total -= 1
+        if live.job_id in self._running:
+            self._running.discard(live.job_id)
+        else:
+            self._waiting[live.record.principal] -= 1
+        if not self._waiting[live.record.principal]:
+            del self._waiting[live.record.principal]
+
+    @property
+    def running(self) -> int:
+        """Jobs that hold a slot of the engine."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """All others."""
+        return self._total - len(self._running) + self.submitting.total()
+
+    def waiting_of(self, principal: str) -> int:
+        """One principal's jobs that wait."""
+        return self.submitting[principal] + self._waiting[principal]
