@@ -5,6 +5,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
+from schemas.webhook_url import MAX_WEBHOOK_URL_CHARS, WebhookUrl
+
 MAX_PROMPT_CHARS = 2_000
 MAX_SEED = 2**53 - 1
 """The largest integer that every JSON parser keeps exactly (RFC 8259, section 6); bounds every integer here."""
@@ -82,6 +84,11 @@ class GenerateRequest(BaseModel):
         default=False,
         strict=True,
         description="Share no forward with other requests, so that the bytes depend on this request alone.",
+    )
+    webhook_url: WebhookUrl | None = Field(
+        default=None,
+        description=f"Gets a signed POST once the job ended; at most {MAX_WEBHOOK_URL_CHARS} characters.",
+        examples=["https://example.com/hook"],
     )
 
     @model_validator(mode="after")

@@ -28,6 +28,7 @@ from schemas.errors import (
     WorkerLost,
 )
 from schemas.jobs import JobState
+from schemas.webhooks import WebhookState
 
 CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4
 """Of what `merge` returns. All names are legacy names, so every Prometheus reads this version."""
@@ -43,6 +44,13 @@ METHODS: Final = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATC
 
 MAX_ROUTES: Final = 100
 """Far more templates than the API has; beyond it something passes raw paths, and those count as unmatched."""
+
+WEBHOOK_OUTCOMES: Final[dict[WebhookState, str]] = {
+    "delivered": "delivered",
+    "waiting": "failed",
+    "given_up": "given_up",
+}
+"""What an attempt was, by the state that it left its delivery in."""
 
 STAGES: Final = tuple(name for name in Timings.model_fields if name != "total")
 
@@ -104,6 +112,11 @@ _JOB_RETRIES = _counter("wan_job_retries_total", "Attempts begun anew since the 
 _JOBS_WAITING = _gauge("wan_jobs_waiting", "Jobs that wait for a slot of the generator.")
 _JOBS_RUNNING = _gauge("wan_jobs_running", "Jobs that hold a slot of the generator.")
 _QUEUE_CAPACITY = _gauge("wan_queue_capacity", "Jobs that may wait before requests get a 429.")
+_WEBHOOKS = _counter(
+    "wan_webhook_deliveries_total",
+    "Attempts to deliver a webhook: delivered, failed (another follows) or given_up.",
+    "outcome",
+)
 
 _ENCODE = _histogram("wan_prompt_encode_seconds", _SHORT_S, "Seconds the text encoder took for one batch.")
 _ENCODE_BATCH = _histogram("wan_prompt_encode_batch_size", _BATCH_SIZES, "Texts in one text encoder batch.")
@@ -126,7 +139,7 @@ _DEVICE_MEMORY = _gauge("wan_device_memory_used_bytes", "Bytes of the accelerato
 
 FAMILIES: Final = (
     *(_HTTP_REQUESTS, _HTTP_DURATION, _JOBS, _JOB_DURATION, _JOB_STAGE, _JOB_RETRIES),
-    *(_JOBS_WAITING, _JOBS_RUNNING, _QUEUE_CAPACITY),
+    *(_JOBS_WAITING, _JOBS_RUNNING, _QUEUE_CAPACITY, _WEBHOOKS),
     *(_ENCODE, _ENCODE_BATCH, _CACHE_HITS, _CACHE_MISSES, _CACHE_BYTES, _PROMPT_TOKENS),
     *(_STEP, _STEP_BATCH, _FORWARDS, _IN_FLIGHT, _WASTED_STEPS),
     *(_UPLOAD_BYTES, _UPLOAD_ERRORS, _MODEL_INFO, _DEVICE_MEMORY),
@@ -157,7 +170,7 @@ def method_label(method: str) -> str:
 
 
 class IngressMetrics:
-    """What the ingress sees: requests, the ends of jobs, the queue."""
+    """What the ingress sees: requests, the ends of jobs, the queue, webhooks."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._requests = _HTTP_REQUESTS.counter(registry)
@@ -169,6 +182,7 @@ class IngressMetrics:
         self._waiting = _JOBS_WAITING.gauge(registry)
         self._running = _JOBS_RUNNING.gauge(registry)
         self._capacity = _QUEUE_CAPACITY.gauge(registry)
+        self._webhooks = _WEBHOOKS.counter(registry)
         self._routes: set[str] = set()
         self._start_at_zero()
 
@@ -195,6 +209,10 @@ class IngressMetrics:
         """Record one attempt that takes the place of a lost one. error: the name of what lost it."""
         self._retries.labels(error_label(error)).inc()
 
+    def webhook_attempted(self, state: WebhookState) -> None:
+        """Record one attempt to deliver a webhook. state: the delivery's, after it."""
+        self._webhooks.labels(WEBHOOK_OUTCOMES[state]).inc()
+
     def set_queue(self, waiting: int, running: int, capacity: int) -> None:
         """Set the three gauges of the queue, in jobs."""
         self._waiting.set(waiting)
@@ -215,6 +233,8 @@ class IngressMetrics:
                 self._jobs.labels(JobState.FAILED.value, name)
         for error in (WorkerLost, ModelNotReady, ShuttingDown):
             self._retries.labels(error.name)
+        for outcome in WEBHOOK_OUTCOMES.values():
+            self._webhooks.labels(outcome)
 
 
 class PreprocessorMetrics:

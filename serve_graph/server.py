@@ -27,7 +27,7 @@ from serve_graph.logs import configure_logging, log_event
 from serve_graph.niceness import RAY_WORKER_NICENESS
 from serve_graph.open_ports import refused_port
 from serve_graph.proxy import CALLBACK
-from serve_graph.settings import ConfigError, Settings, accepted_keys, read_settings
+from serve_graph.settings import ConfigError, Settings, accepted_keys, read_settings, webhook_signer
 from serve_graph.stores import prepare_store
 from storage.s3_probe import UnfitStore
 
@@ -79,6 +79,7 @@ def load_config(path: Path, host: str | None = None, port: int | None = None) ->
     raw["http_options"] = http = _http_options(path, raw, host, port)
     settings = read_settings(ours[0].get("args") or {}, public_url=_public_url(http))
     _check_exposure(http["host"], settings)
+    webhook_signer()  # here already, so that a secret that is none is a line and not a deployment that fails
     ours[0]["args"] = settings.model_dump(mode="json")
     return ServeConfig(raw, ours[0].get("name", "default"), http["host"], http["port"], settings)
 

@@ -17,6 +17,8 @@ from schemas.model_profile import ModelProfile
 from schemas.official_profiles import PROFILES
 from schemas.requests import MAX_URL_TTL_S, MIN_URL_TTL_S
 from serve_graph.api_keys import ApiKeys, InvalidApiKeys
+from serve_graph.webhooks.policy import WebhookPolicy
+from serve_graph.webhooks.signing import InvalidWebhookSecret, WebhookSigner
 from storage.s3_options import S3Options
 
 ENV_PREFIX = "WAN_"
@@ -27,7 +29,7 @@ CLIENT_NAMES = frozenset({URL_VARIABLE, API_KEY_VARIABLE})
 
 SECRET_NAMES = frozenset(
     {
-        *("WAN_SIGNING_SECRET", "WAN_API_KEYS"),
+        *("WAN_SIGNING_SECRET", "WAN_API_KEYS", "WAN_WEBHOOK_SECRET"),
         *("WAN_S3_ACCESS_KEY", "WAN_S3_SECRET_KEY", "WAN_S3_SESSION_TOKEN"),
     }
 )
@@ -154,6 +156,25 @@ class TextSettings(_Section):
     num_threads: int = Field(default=1, ge=1, description="CPU threads of the text encoder.")
 
 
+class WebhookSettings(_Section):
+    """Whom the service may call, and how long that may take."""
+
+    allow_http: bool = Field(default=False, description="Without TLS anyone on the way reads the event.")
+    allow_private_addresses: bool = Field(
+        default=False,
+        description="Also this machine and private networks; link-local and metadata addresses stay refused.",
+    )
+    timeout_s: float = Field(default=10.0, gt=0, le=60, description="For a whole attempt to deliver one.")
+
+    def policy(self, can_sign: bool) -> WebhookPolicy:
+        """can_sign: whether there is a `webhook_signer`."""
+        return WebhookPolicy(self.allow_http, self.allow_private_addresses, can_sign)
+
+    @property
+    def timeout(self) -> timedelta:
+        return timedelta(seconds=self.timeout_s)
+
+
 class Settings(BaseSettings):
     """Everything but secrets; safe to hand to a deployment, to log and to show."""
 
@@ -187,6 +208,7 @@ class Settings(BaseSettings):
     engine: EngineSettings = EngineSettings()
     encode: EncodeSettings = EncodeSettings()
     text: TextSettings = TextSettings()
+    webhooks: WebhookSettings = WebhookSettings()
 
     @classmethod
     def settings_customise_sources(
@@ -242,6 +264,7 @@ class Secrets(BaseSettings):
 
     signing_secret: SecretStr | None = None
     api_keys: SecretStr | None = None
+    webhook_secret: SecretStr | None = None
     s3_access_key: SecretStr | None = None
     s3_secret_key: SecretStr | None = None
     s3_session_token: SecretStr | None = None
@@ -257,6 +280,20 @@ def accepted_keys(settings: Settings) -> ApiKeys | None:
     if settings.auth == "none" and keys:
         raise ConfigError("auth is none, but WAN_API_KEYS holds keys: take one of the two away")
     return keys or None
+
+
+def webhook_signer() -> WebhookSigner | None:
+    """Signs with the environment's secrets; None where there are none, and then no webhook is sent. Raises ConfigError.
+
+    Not one made here on the spot, as the signing secret is: receivers need it.
+    """
+    given = Secrets().webhook_secret
+    if given is None or not given.get_secret_value().strip():
+        return None
+    try:
+        return WebhookSigner(given.get_secret_value())
+    except InvalidWebhookSecret as error:
+        raise ConfigError(str(error)) from error
 
 
 def read_settings(args: Mapping[str, Any], public_url: str | None = None) -> Settings:

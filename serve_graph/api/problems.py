@@ -24,7 +24,7 @@ from schemas.model_profile import ModelProfile
 from serve_graph.api.context import context_of
 
 MAX_FIELD_ERRORS = 32
-"""The request has 15 fields; the rest is a body full of unknown ones, and its answer stays small."""
+"""The request has 16 fields; the rest is a body full of unknown ones, and its answer stays small."""
 
 _BODY = "body"
 

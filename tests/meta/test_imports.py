@@ -24,7 +24,9 @@ def modules_of(folder: str) -> list[str]:
     return [f"{folder.replace('/', '.')}.{file.stem}" for file in files if file.stem != "__init__"]
 
 
-@pytest.mark.parametrize("folder", ["schemas", "storage", "serve_graph/api", "serve_graph/client"])
+@pytest.mark.parametrize(
+    "folder", ["schemas", "storage", "serve_graph/api", "serve_graph/webhooks", "serve_graph/client"]
+)
 def test_importing_all_of_a_package_loads_no_ray_and_no_model_library(folder: str) -> None:
     modules = modules_of(folder)
 

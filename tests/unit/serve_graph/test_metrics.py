@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, Metric
@@ -15,10 +16,12 @@ import schemas.errors
 from schemas.clips import Timings
 from schemas.errors import OutOfMemory, RenderFailed, StoreFull
 from schemas.jobs import JobState
+from schemas.webhooks import WebhookState
 from serve_graph.metrics import (
     CONTENT_TYPE,
     MAX_ROUTES,
     PROBLEMS,
+    WEBHOOK_OUTCOMES,
     GeneratorMetrics,
     IngressMetrics,
     PreprocessorMetrics,
@@ -168,6 +171,16 @@ def test_ingress_sets_the_queue(registry: CollectorRegistry, value: ReadValue) -
     IngressMetrics(registry).set_queue(waiting=4, running=2, capacity=32)
     names = ("wan_jobs_waiting", "wan_jobs_running", "wan_queue_capacity")
     assert [value(name) for name in names] == [4, 2, 32]
+
+
+def test_ingress_counts_webhooks_by_what_became_of_them(registry: CollectorRegistry, value: ReadValue) -> None:
+    metrics = IngressMetrics(registry)
+    for state in get_args(WebhookState):
+        assert value("wan_webhook_deliveries_total", outcome=WEBHOOK_OUTCOMES[state]) == 0
+        metrics.webhook_attempted(state)
+
+    for outcome in ("delivered", "failed", "given_up"):
+        assert value("wan_webhook_deliveries_total", outcome=outcome) == 1
 
 
 def test_ingress_exposes_failures_before_the_first_one(registry: CollectorRegistry, value: ReadValue) -> None:

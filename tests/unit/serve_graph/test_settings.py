@@ -1,6 +1,6 @@
 """Settings: the environment over the file, whatever is unknown refused by name, secrets nowhere."""
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +8,19 @@ import pytest
 from pydantic import ValidationError
 
 from schemas.official_profiles import PROFILES
-from serve_graph.settings import CLIENT_NAMES, SECRET_NAMES, ConfigError, Secrets, Settings, read_settings
+from serve_graph.settings import (
+    CLIENT_NAMES,
+    SECRET_NAMES,
+    ConfigError,
+    Secrets,
+    Settings,
+    read_settings,
+    webhook_signer,
+)
+from serve_graph.webhooks.policy import WebhookPolicy
 
 SECRET = "correct horse battery staple"
+WEBHOOK_SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
 
 def refusal(args: dict[str, Any]) -> str:
@@ -216,3 +226,45 @@ def test_urls_that_would_outlive_their_clips_are_refused() -> None:
     with pytest.raises(ConfigError, match="outlives"):
         read_settings({"storage": storage, "url_ttl_s": 86_401})
     assert read_settings({"storage": storage | {"kind": "local"}, "url_ttl_s": 86_401}).storage.clip_retention is None
+
+
+@pytest.mark.parametrize("given", [None, "", "  "])
+def test_webhook_signer_is_absent_without_a_secret(monkeypatch: pytest.MonkeyPatch, given: str | None) -> None:
+    monkeypatch.delenv("WAN_WEBHOOK_SECRET", raising=False)
+    if given is not None:
+        monkeypatch.setenv("WAN_WEBHOOK_SECRET", given)
+
+    assert webhook_signer() is None
+
+
+def test_webhook_signer_signs_with_the_environments_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WAN_WEBHOOK_SECRET", f"{WEBHOOK_SECRET} {WEBHOOK_SECRET}")
+    signer = webhook_signer()
+
+    assert signer is not None
+    headers = signer.headers("msg_1", datetime.now(UTC), "{}")
+    assert len(headers["webhook-signature"].split()) == 2
+
+
+def test_webhook_signer_refuses_a_secret_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WAN_WEBHOOK_SECRET", SECRET)
+
+    with pytest.raises(ConfigError, match="whsec_") as caught:
+        webhook_signer()
+    assert SECRET not in str(caught.value)
+
+
+def test_webhooks_go_to_public_https_only_by_default() -> None:
+    webhooks = read_settings({}).webhooks
+
+    assert webhooks.policy(can_sign=True) == WebhookPolicy()
+    assert webhooks.timeout == timedelta(seconds=10)
+
+
+def test_webhook_settings_make_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WAN_WEBHOOKS__ALLOW_HTTP", "true")
+    webhooks = read_settings({"webhooks": {"allow_private_addresses": True}}).webhooks
+
+    assert webhooks.policy(can_sign=False) == WebhookPolicy(
+        allow_http=True, allow_private_addresses=True, can_sign=False
+    )

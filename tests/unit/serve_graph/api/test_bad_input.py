@@ -105,6 +105,14 @@ async def test_generate_refuses_a_field_and_says_what_is_legal(api: Api, fields:
     assert legal in errors[refused].message
 
 
+@pytest.mark.parametrize("url", ["", "/hook", "https://u:hunter2@a.example/", "http://0x7f.1/", "https://a.example/#b"])
+async def test_generate_refuses_a_webhook_url_that_is_none_and_quotes_nothing(api: Api, url: str) -> None:
+    errors = await refused_fields(api, json.dumps({"prompt": "a", "webhook_url": url}))
+
+    assert set(errors) == {"webhook_url"}
+    assert "hunter2" not in errors["webhook_url"].message
+
+
 async def test_generate_names_the_nearest_frame_counts(api: Api) -> None:
     errors = await refused_fields(api, '{"prompt": "a", "num_frames": 80}')
 

@@ -1,0 +1,218 @@
+"""Jobs on the real service: asynchronous, idempotent, cancelled, and resumed after the whole service was killed."""
+
+import json
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from service import RunningService
+
+from schemas.clips import Clip
+from schemas.jobs import Job, JobState
+
+PROMPT = "a red circle moving left"
+ASYNC = {"Prefer": "respond-async"}
+KILLS = 5
+LEASE_S = 2.0
+
+
+def submit(http: httpx.Client, key: str | None = None, **fields: Any) -> Job:
+    headers = ASYNC | ({"Idempotency-Key": key} if key else {})
+    answer = http.post("/generate", json={"prompt": PROMPT, **fields}, headers=headers)
+    assert answer.status_code == 202, answer.text
+    return Job.model_validate_json(answer.content)
+
+
+def job_of(http: httpx.Client, job_id: str) -> Job:
+    answer = http.get(f"/jobs/{job_id}")
+    assert answer.status_code == 200, answer.text
+    return Job.model_validate_json(answer.content)
+
+
+def events(http: httpx.Client, job_id: str) -> Iterator[Job]:
+    with http.stream("GET", f"/jobs/{job_id}/events") as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        for line in answer.iter_lines():
+            if line.startswith("data: "):
+                yield Job.model_validate_json(line.removeprefix("data: "))
+
+
+def steps(http: httpx.Client) -> dict[str, float]:
+    """Forwards with the condition (one per step of one job), and steps of jobs that came to nothing."""
+    found = {}
+    for family in text_string_to_metric_families(http.get("/metrics").text):
+        for sample in family.samples:
+            if sample.name == "wan_forwards_total" and sample.labels["kind"] == "cond":
+                found["taken"] = sample.value
+            if sample.name.startswith("wan_steps_wasted") or sample.name == "wan_wasted_steps_total":
+                found["wasted"] = sample.value
+    return found
+
+
+def test_events_tell_of_every_state_and_of_progress(service: RunningService) -> None:
+    with service.client() as http:
+        job = submit(http, num_inference_steps=40, num_frames=33)
+        seen = list(events(http, job.job_id))
+        assert seen[-1].state is JobState.SUCCEEDED
+        assert seen[-1].clip is not None
+        states = [job.state for job in seen]
+        assert states == sorted(states, key=list(JobState).index)
+        steps_seen = [job.progress.step for job in seen if job.progress and job.progress.stage == "denoise"]
+        assert steps_seen == sorted(steps_seen)
+        assert list(events(http, job.job_id)) == [job_of(http, job.job_id)] or len(list(events(http, job.job_id))) == 1
+
+
+def test_the_same_key_gives_the_same_job_and_another_body_is_refused(service: RunningService) -> None:
+    with service.client() as http:
+        first = submit(http, "key-1", seed=3)
+        headers = {"Idempotency-Key": "key-1"}
+        clip = Clip.model_validate_json(
+            http.post("/generate", json={"prompt": PROMPT, "seed": 3}, headers=headers).content
+        )
+        assert clip.job_id == first.job_id
+        other = http.post("/generate", json={"prompt": PROMPT, "seed": 4}, headers=headers)
+        assert (other.status_code, other.json()["type"]) == (422, "urn:wan-serve:problem:idempotency-mismatch")
+
+
+def test_wait_gives_the_clip_in_time_or_else_the_job(service: RunningService) -> None:
+    with service.client() as http:
+        quick = http.post("/generate", json={"prompt": PROMPT}, headers={"Prefer": "wait=60"})
+        assert quick.status_code == 200
+        late = http.post(
+            "/generate",
+            json={"prompt": PROMPT, "num_inference_steps": 100, "num_frames": 81},
+            headers={"Prefer": "wait=1"},
+        )
+        assert late.status_code == 202
+        assert late.headers["preference-applied"] == "wait=1"
+        assert http.post(f"{late.headers['location']}/cancel").json()["state"] == "cancelled"
+
+
+def test_cancel_in_the_middle_wastes_at_most_one_more_step(
+    service: RunningService, tell: Callable[[str, str], None]
+) -> None:
+    with service.client() as http:
+        before = steps(http)
+        job = submit(http, num_inference_steps=100, num_frames=81)
+        reached = 0
+        for seen in events(http, job.job_id):
+            reached = seen.progress.step if seen.progress else 0
+            if reached >= 5:
+                break
+        cancelled = http.post(f"/jobs/{job.job_id}/cancel")
+        answered = steps(http)
+        assert (cancelled.status_code, cancelled.json()["state"]) == (200, "cancelled")
+        assert http.post(f"/jobs/{job.job_id}/cancel").json() == cancelled.json()
+        time.sleep(1)  # were the engine still at it, it would take steps now
+        after = steps(http)
+        late = after["taken"] - answered["taken"]
+        wasted = after["wasted"] - before["wasted"]
+        assert late <= 1
+        assert reached <= wasted < 100
+    tell("faults", f"cancelled after step {reached} of 100: {wasted:g} steps wasted, {late:g} after the answer")
+
+
+def test_jobs_are_listed_and_deleted(service: RunningService) -> None:
+    with service.client() as http:
+        made = [submit(http, seed=n) for n in range(3)]
+        for job in made:
+            list(events(http, job.job_id))
+        page = http.get("/jobs", params={"limit": 2, "state": "succeeded"}).json()
+        assert [job["job_id"] for job in page["jobs"]] == [made[2].job_id, made[1].job_id]
+        rest = http.get("/jobs", params={"limit": 1, "after": page["next_cursor"]}).json()
+        assert [job["job_id"] for job in rest["jobs"]] == [made[0].job_id]
+        clip_id = page["jobs"][0]["clip"]["clip_id"]
+        url = page["jobs"][0]["clip"]["output_url"]
+        assert http.delete(f"/jobs/{made[2].job_id}").status_code == 204
+        assert http.get(f"/jobs/{made[2].job_id}").json()["type"].endswith("job-gone")
+        assert http.get(f"/outputs/{clip_id}").json()["type"].endswith("clip-gone")
+        assert http.get(url).status_code == 404
+        assert http.delete(f"/jobs/{made[2].job_id}").status_code == 410
+
+
+def kill_everything(service: RunningService) -> None:
+    """SIGKILL to the service and to all of Ray, at once."""
+    parent = psutil.Process(service.process.pid)
+    family = [parent, *parent.children(recursive=True)]
+    for process in family:
+        process.suspend()
+    for process in family:
+        process.kill()
+    psutil.wait_procs(family, 20)
+    service.stop(signal.SIGKILL)
+
+
+def test_the_whole_service_killed_again_and_again(tmp_path: Path, tell: Callable[[str, str], None]) -> None:
+    """Each job gets its clip, the one it would have got without the kills, and no more than that lies in the store."""
+    dice = random.Random(5)  # no secret
+    queue = {"lease_s": LEASE_S}
+    acknowledged: dict[str, Job] = {}
+    service = RunningService(tmp_path, queue=queue).wait_ready()
+    try:
+        with service.client() as http:
+            wanted = http.post("/generate", json={"prompt": PROMPT, "seed": 11, "reproducible": True}).json()["sha256"]
+        for kill in range(KILLS):
+            with service.client() as http:
+                for number in range(4):
+                    fields = {"seed": 11, "reproducible": True} if number == 0 else {"num_inference_steps": 30}
+                    job = submit(http, f"{kill}-{number}", **fields)
+                    acknowledged[job.job_id] = job
+            time.sleep(dice.uniform(0.0, 0.4))
+            kill_everything(service)
+            service = RunningService(tmp_path, queue=queue).wait_ready()
+        with service.client() as http:
+            ended = {job_id: list(events(http, job_id))[-1] for job_id in acknowledged}
+        assert {job.state for job in ended.values()} == {JobState.SUCCEEDED}
+        assert all(ended[job_id].parameters == job.parameters for job_id, job in acknowledged.items())
+        same = [job.clip.sha256 for job in ended.values() if job.clip and job.parameters.reproducible]
+        assert same == [wanted] * KILLS
+        attempts = sum(job.attempts for job in ended.values())
+        store = tmp_path / "store"
+        deadline = time.monotonic() + 30
+        while list(store.glob("active/*/*")):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert len(list(store.glob("clips/*/*.mp4"))) == len(ended) + 1
+        assert list((tmp_path / "data" / "spool").rglob("*.mp4")) == []
+    finally:
+        service.stop()
+    tell(
+        "faults",
+        f"whole service, SIGKILL: {KILLS} kills, {len(ended)} jobs acknowledged, {attempts} attempts, "
+        f"{len(ended)} clips, lost 0, committed twice 0, {len(same)} reproducible ones with the same bytes",
+    )
+
+
+def test_a_stop_hands_over_to_the_next_start(tmp_path: Path) -> None:
+    service = RunningService(tmp_path, queue={"drain_timeout_s": 0.5, "lease_s": 60.0}).wait_ready()
+    with service.client() as http:
+        job = submit(http, num_inference_steps=100, num_frames=81)
+        for seen in events(http, job.job_id):
+            if seen.state is JobState.RUNNING:
+                break
+        began = time.monotonic()
+    assert service.stop() == 0
+    record = json.loads((tmp_path / "store" / "jobs" / f"{job.job_id}.json").read_text())
+    assert (record["state"], record["lease"]) == ("queued", None)
+    service = RunningService(tmp_path, queue={"lease_s": 60.0}).wait_ready()
+    try:
+        with service.client() as http:
+            last = list(events(http, job.job_id))[-1]
+        assert (last.state, last.attempts) == (JobState.SUCCEEDED, 2)
+        assert time.monotonic() - began < 60, "it waited for the lease"
+    finally:
+        service.stop()
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+    running = RunningService(tmp_path_factory.mktemp("durable")).wait_ready()
+    yield running
+    running.stop()
