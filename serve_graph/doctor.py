@@ -24,6 +24,7 @@ from storage.s3_client import S3Client
 from storage.s3_errors import BucketMissing
 from storage.s3_options import S3Options
 from storage.s3_probe import UnfitStore, probe
+from storage.secret import MIN_SECRET_CHARS
 from storage.store import PreconditionFailed, StoreError
 
 MIN_FREE_BYTES: Final = 1 << 30
@@ -87,6 +88,16 @@ def _keys(config: ServeConfig) -> Iterator[Check]:
         yield Check("API keys", Mark.OK, "none, and the service answers on loopback only")
     else:
         yield Check("API keys", Mark.WARN, f"none on {config.host} (auth: none)", "see that strangers can't reach it")
+
+
+def _secret(config: ServeConfig) -> Iterator[Check]:
+    given = Secrets().signing_secret
+    if given is not None and len(given.get_secret_value()) < MIN_SECRET_CHARS:
+        advice = f"give it at least {MIN_SECRET_CHARS} characters"
+        yield Check("secret", Mark.FAIL, "WAN_SIGNING_SECRET is too short", advice)
+    else:
+        kept = f"made once and kept in {config.settings.storage.folder}"
+        yield Check("secret", Mark.OK, kept if given is None else "WAN_SIGNING_SECRET")
 
 
 def _model(config: ServeConfig) -> Iterator[Check]:

@@ -48,7 +48,7 @@ def test_doctor_is_content_with_a_laptop_and_changes_nothing(tmp_path: Path, fre
     checks = examine(config_in(tmp_path, free_port))
 
     assert [check for check in checks if check.mark is Mark.FAIL] == []
-    assert {"configuration", "API keys", "model", "GPU", "disk", "store", "clock", "port", "open ports"} == {
+    assert {"configuration", "API keys", "secret", "model", "GPU", "disk", "store", "clock", "port", "open ports"} == {
         check.name for check in checks
     }
     assert [path.name for path in tmp_path.iterdir()] == ["serve.yaml"]
@@ -59,6 +59,14 @@ def test_doctor_tells_a_wrong_configuration_and_stops_there(tmp_path: Path, free
 
     assert (check.name, check.mark) == ("configuration", Mark.FAIL)
     assert "modle" in check.found
+
+
+def test_doctor_tells_a_secret_that_is_too_short(
+    tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WAN_SIGNING_SECRET", "short")
+
+    assert found(examine(config_in(tmp_path, free_port)), "secret").mark is Mark.FAIL
 
 
 def test_doctor_tells_a_model_that_is_not_there(tmp_path: Path, free_port: int) -> None:
