@@ -5,6 +5,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
+from pydantic import ValidationError
+
 from schemas.batches import Batch, BatchResult
 from serve_graph.batch_folder import BatchFolder, ItemOutcome
 from serve_graph.client import ApiProblem, ClipDamaged, WanClient
@@ -76,9 +78,9 @@ def finished(folder: BatchFolder) -> list[ItemOutcome] | None:
     """The outcomes of a run that had come to its end, if every clip is still there; None where it is not so."""
     try:
         lines = folder.results_path.read_bytes().splitlines()
-    except FileNotFoundError:
+        outcomes = [ItemOutcome.model_validate_json(line) for line in lines]
+    except (FileNotFoundError, ValidationError):  # of a version that wrote it otherwise: the service knows as well
         return None
-    outcomes = [ItemOutcome.model_validate_json(line) for line in lines]
     whole = all(o.clip is None or (o.file is not None and holds(folder.path / o.file, o.clip)) for o in outcomes)
     return outcomes if whole and len(outcomes) == folder.record.total else None
 

@@ -49,7 +49,8 @@ for command in (generate, batch, jobs, status, cancel, models, health):
 @app.command()
 def doctor(config: Config = CONFIG, host: Host = None, port: Port = None, as_json: AsJson = False) -> None:
     """Check what the service needs here, and say what to do; changes nothing. Exit code 1 when something is wrong."""
-    from serve_graph.doctor import Mark, examine
+    from serve_graph.doctor import examine
+    from serve_graph.findings import Mark
 
     checks = examine(config, host, port)
     failed = any(check.mark is Mark.FAIL for check in checks)

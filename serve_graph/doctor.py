@@ -4,56 +4,22 @@ The store is tried with objects of its own, which are gone again afterwards.
 """
 
 import shutil
-import tempfile
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
-from enum import Enum
 from pathlib import Path
 from typing import Final
 
-from schemas.errors import ModelNotReady, WanError
+from schemas.errors import ModelNotReady
 from serve_graph.client import ClientError, WanClient
+from serve_graph.findings import Check, Mark
 from serve_graph.open_ports import refused_port, worker_ports
 from serve_graph.server import EVERY_ADDRESS, LOOPBACK, ServeConfig, check_schema, load_config
-from serve_graph.settings import ConfigError, Secrets, Settings, accepted_keys
-from serve_graph.stores import s3_credentials
-from storage.local import LocalStore
-from storage.s3_client import S3Client
-from storage.s3_errors import BucketMissing
-from storage.s3_options import S3Options
-from storage.s3_probe import UnfitStore, probe
+from serve_graph.settings import ConfigError, Secrets, accepted_keys
+from serve_graph.store_checks import existing, store_checks
 from storage.secret import MIN_SECRET_CHARS
-from storage.store import PreconditionFailed, StoreError
 
 MIN_FREE_BYTES: Final = 1 << 30
 ROOMY_FREE_BYTES: Final = 10 << 30
-MAX_SKEW_S: Final = 60.0
-"""S3 refuses signatures that are 15 minutes off; a signed URL's last minutes suffer before."""
-
-_EARLIEST: Final = 1_763_769_600.0
-"""2025-11-22: a clock behind this is not set."""
-
 _GIB: Final = 2**30
-
-
-class Mark(Enum):
-    """How a check ended."""
-
-    OK = "ok"
-    WARN = "warn"
-    FAIL = "fail"
-
-
-@dataclass(frozen=True)
-class Check:
-    """One finding. advice: what to do; empty where nothing needs doing."""
-
-    name: str
-    mark: Mark
-    found: str
-    advice: str = ""
 
 
 def examine(config: Path, host: str | None = None, port: int | None = None) -> list[Check]:
@@ -63,15 +29,10 @@ def examine(config: Path, host: str | None = None, port: int | None = None) -> l
         check_schema(read.serve)
     except ConfigError as error:
         return [Check("configuration", Mark.FAIL, str(error), f"correct {config} or the environment")]
-    checks: list[Callable[[ServeConfig], Iterator[Check]]] = [
-        _configuration,
-        _keys,
-        _model,
-        _gpu,
-        _disk,
-        _store,
-        _ports,
-    ]
+    checks: tuple[Callable[[ServeConfig], Iterator[Check]], ...] = (
+        *(_configuration, _keys, _secret, _model, _gpu, _disk),
+        *(store_checks, _ports),
+    )
     return [check for examined in checks for check in examined(read)]
 
 
@@ -153,79 +114,11 @@ def _disk(config: ServeConfig) -> Iterator[Check]:
     if settings.storage.kind == "local":
         folders["storage.folder"] = settings.storage.folder
     for name, folder in folders.items():
-        free = shutil.disk_usage(_existing(folder)).free
+        free = shutil.disk_usage(existing(folder)).free
         found = f"{free / _GIB:.1f} GiB free for {name} ({folder})"
         advice = "" if free >= ROOMY_FREE_BYTES else "make room, or move it to a larger disk"
         mark = Mark.OK if not advice else Mark.WARN if free >= MIN_FREE_BYTES else Mark.FAIL
         yield Check("disk", mark, found, advice)
-
-
-def _store(config: ServeConfig) -> Iterator[Check]:
-    settings = config.settings
-    try:
-        if settings.storage.s3 is not None and settings.storage.kind == "s3":
-            yield from _bucket(settings, settings.storage.s3)
-        else:
-            yield from _folder(settings.storage.folder)
-    except ConfigError as error:
-        yield Check("store", Mark.FAIL, str(error), "correct the environment")
-    except UnfitStore as error:
-        yield Check("store", Mark.FAIL, str(error))
-    except (StoreError, WanError) as error:
-        yield Check("store", Mark.FAIL, str(error), "see that it runs, and that the endpoint and the keys are right")
-
-
-def _folder(folder: Path) -> Iterator[Check]:
-    """Tries a store of its own on the same file system."""
-    try:
-        with tempfile.TemporaryDirectory(prefix=".wan-doctor-", dir=_existing(folder)) as trial:
-            skew_s = time.time() - Path(trial).stat().st_mtime
-            store = LocalStore(Path(trial) / "store")
-            first = store.put("jobs/probe.json", b"1", if_none_match=True).etag
-            store.put("jobs/probe.json", b"2", if_match=first)
-            for condition in ({"if_none_match": True}, {"if_match": first}):
-                try:
-                    store.put("jobs/probe.json", b"3", **condition)
-                except PreconditionFailed:
-                    continue
-                yield Check("store", Mark.FAIL, "the file system breaks conditional writes", "use a local disk")
-                return
-    except OSError as error:
-        advice = "let this user write there, or set storage.folder"
-        yield Check("store", Mark.FAIL, f"{folder} can't be written to ({error.strerror})", advice)
-        return
-    yield Check("store", Mark.OK, f"{folder}, with conditional writes")
-    yield _clock("the file system's", skew_s)
-
-
-def _bucket(settings: Settings, options: S3Options) -> Iterator[Check]:
-    credentials = s3_credentials(Secrets())
-    client = S3Client(options, credentials)
-    try:
-        answer = client.send("HEAD")
-    except BucketMissing:
-        if settings.storage.create_bucket:
-            yield Check("store", Mark.WARN, f"there is no bucket {options.bucket} yet", "the first start makes it")
-        else:
-            advice = "make it, correct its name, or set storage.create_bucket"
-            yield Check("store", Mark.FAIL, f"there is no bucket {options.bucket}", advice)
-        return
-    _, warnings = probe(options, credentials)
-    yield Check("store", Mark.OK, f"bucket {options.bucket} at {options.endpoint}, with conditional writes")
-    for warning in warnings:
-        found, _, advice = warning.partition("; ")
-        yield Check("store", Mark.WARN, found, advice)
-    date = answer.headers.get("date")
-    if date is not None:
-        yield _clock("the store's", time.time() - parsedate_to_datetime(date).timestamp())
-
-
-def _clock(whose: str, skew_s: float) -> Check:
-    if time.time() < _EARLIEST:
-        return Check("clock", Mark.FAIL, "it is not set", "set it: signed URLs expire by it")
-    if abs(skew_s) > MAX_SKEW_S:
-        return Check("clock", Mark.FAIL, f"{abs(skew_s):.0f} s off {whose}", "synchronise both (NTP)")
-    return Check("clock", Mark.OK, f"within {max(1, round(abs(skew_s)))} s of {whose}")
 
 
 def _ports(config: ServeConfig) -> Iterator[Check]:
@@ -260,8 +153,3 @@ def _is_ours(url: str) -> bool:
     except ClientError:
         return False
     return True
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    return next(path for path in (folder, *folder.parents) if path.exists())

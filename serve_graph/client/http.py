@@ -178,20 +178,21 @@ def server_of(url: str) -> str:
 
 def problem_of(answer: httpx.Response) -> Problem:
     """The problem document of an answer that was read; one made of the status alone where there is none."""
+    status = answer.status_code
+    title = responses.get(status, "an error")
+    hint = answer.headers.get("retry-after", "")
+    made = {
+        "type": NO_PROBLEM,
+        "title": title,
+        "status": status,
+        "detail": f"{server_of(str(answer.request.url))} answered {status} ({title})",
+        "retry_after_s": int(hint) if hint.isdecimal() else None,
+    }
     try:
         found = answer.json()
-        return Problem.model_validate({name: found[name] for name in Problem.model_fields if name in found})
+        return Problem.model_validate({**made, **{name: found[name] for name in Problem.model_fields if name in found}})
     except (ValueError, TypeError, ValidationError):
-        status = answer.status_code
-        title = responses.get(status, "an error")
-        hint = answer.headers.get("retry-after", "")
-        return Problem(
-            type=NO_PROBLEM,
-            title=title,
-            status=status,
-            detail=f"{server_of(str(answer.request.url))} answered {status} ({title})",
-            retry_after_s=int(hint) if hint.isdecimal() else None,
-        )
+        return Problem.model_validate(made)
 
 
 def _reason(error: httpx.TransportError) -> str:

@@ -7,7 +7,8 @@ import yaml
 from s3_bucket import Bucket, new_bucket
 from s3_servers.process import S3Server
 
-from serve_graph.doctor import Check, Mark, examine
+from serve_graph.doctor import examine
+from serve_graph.findings import Check, Mark
 
 
 def examined(folder: Path, bucket: Bucket, **storage: object) -> list[Check]:

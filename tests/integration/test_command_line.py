@@ -13,7 +13,8 @@ import pytest
 from schemas.jobs import Job, JobState
 from schemas.requests import GenerateRequest
 from serve_graph.client import WanClient
-from serve_graph.doctor import Mark, examine
+from serve_graph.doctor import examine
+from serve_graph.findings import Mark
 from tests.integration.service import RunningService, free_port
 
 LONG = ["a long one", "--num-frames", "81", "--steps", "100", "--resolution", "128p"]

@@ -15,8 +15,10 @@ import pytest
 import yaml
 
 from serve_graph import doctor
-from serve_graph.doctor import Check, Mark, examine
+from serve_graph.doctor import examine
+from serve_graph.findings import Check, Mark
 from serve_graph.open_ports import refused_port, worker_ports
+from serve_graph.store_checks import clock_check
 from storage.local import LocalStore
 
 
@@ -106,8 +108,8 @@ def test_doctor_tells_a_file_system_without_conditional_writes(
 
 @pytest.mark.parametrize("off_s", [-3600, 3600])
 def test_doctor_tells_a_clock_that_is_off(off_s: float) -> None:
-    assert doctor._clock("the store's", off_s).mark is Mark.FAIL
-    assert doctor._clock("the store's", off_s / 3600).mark is Mark.OK
+    assert clock_check("the store's", off_s).mark is Mark.FAIL
+    assert clock_check("the store's", off_s / 3600).mark is Mark.OK
 
 
 @pytest.fixture

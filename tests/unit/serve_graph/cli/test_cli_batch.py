@@ -141,6 +141,15 @@ def test_missing_and_broken_clips_are_fetched_again_and_no_others(
     assert list((tmp_path / "out").glob(".*")) == []
 
 
+def test_results_of_another_version_are_written_again(wan_serve: Run, prompts: Path, tmp_path: Path) -> None:
+    wan_serve("batch", "prompts.txt", "-o", "out")
+    written = (tmp_path / "out/results.jsonl").read_bytes()
+    (tmp_path / "out/results.jsonl").write_text('{"novelty": 1}\n')
+
+    assert wan_serve("batch", "prompts.txt", "-o", "out").returncode == 0
+    assert len((tmp_path / "out/results.jsonl").read_bytes()) == len(written)
+
+
 def test_clip_that_can_not_be_fetched_is_told_and_tried_again(
     wan_serve: Run, prompts: Path, scripted: ScriptedService
 ) -> None:

@@ -192,10 +192,13 @@ def test_foreign_answer_is_unexpected_and_its_error_page_a_problem_of_its_status
 
 
 def test_problem_of_a_newer_service_keeps_what_is_known() -> None:
-    known = {"type": "t", "title": "a", "status": 400, "detail": "d"}
-    answer = httpx.Response(400, json={**known, "novelty": 1}, request=httpx.Request("GET", "http://x"))
+    known = {"type": "t", "title": "a", "status": 429, "detail": "d"}
+    headers = {"retry-after": "3"}
+    answer = httpx.Response(
+        429, json={**known, "novelty": 1}, headers=headers, request=httpx.Request("GET", "http://x")
+    )
 
-    assert problem_of(answer).detail == "d"
+    assert (problem_of(answer).detail, problem_of(answer).retry_after_s) == ("d", 3)
 
 
 @pytest.mark.parametrize("url", ["ftp://x", "127.0.0.1:8000", "http://", ""])
