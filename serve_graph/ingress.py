@@ -19,8 +19,9 @@ from serve_graph.logs import configure_logging
 from serve_graph.metrics import IngressMetrics, merge, new_registry, snapshot
 from serve_graph.niceness import step_back
 from serve_graph.ray_worker import RayWorker
-from serve_graph.settings import Settings, accepted_keys
+from serve_graph.settings import Settings, accepted_keys, webhook_signer
 from serve_graph.stores import open_signed_store
+from serve_graph.webhooks.sender import WebhookSender
 from storage.job_records import JobRecords
 
 STORE_THREADS = 16
@@ -44,6 +45,11 @@ class Ingress:
         self._metrics = IngressMetrics(self._registry)
         executor = ThreadPoolExecutor(max_workers=STORE_THREADS, thread_name_prefix="wan-store")
         opened = open_signed_store(settings)
+        signer = webhook_signer()
+        self._webhooks = None
+        if signer is not None:
+            policy = settings.webhooks.policy(can_sign=True)
+            self._webhooks = WebhookSender(policy, signer, self._metrics, timeout=settings.webhooks.timeout)
         self._jobs = JobService(
             profile=settings.profile,
             worker=self._worker,
@@ -64,6 +70,8 @@ class Ingress:
             metrics=self._metrics,
             executor=executor,
             clip_retention=settings.storage.clip_retention,
+            webhook_policy=settings.webhooks.policy(can_sign=signer is not None),
+            webhook_sender=self._webhooks,
         )
         self._health = HealthMonitor(settings, self._worker, opened.store, self._jobs, executor)
         self._signed_clips = None if opened.local is None else SignedClips(opened.local, executor)
@@ -90,6 +98,8 @@ class Ingress:
         """Refuse new jobs and let the others end, within the configured limit."""
         self._health.draining = True
         await self._jobs.drain(self._settings.queue.drain_timeout_s)
+        if self._webhooks is not None:
+            self._webhooks.close()
 
     @asynccontextmanager
     async def _running(self) -> AsyncIterator[None]:

@@ -17,9 +17,10 @@ from typing import Final, NamedTuple, TypedDict, Unpack
 
 from pydantic import BaseModel, ValidationError
 
-from schemas.errors import InternalError, JobNotFound, Problem
+from schemas.errors import InternalError, JobCancelled, JobNotFound, Problem
 from schemas.jobs import TRANSITIONS, JobRecord, JobState, Lease, RenderedClip, Tombstone, item_of
 from schemas.requests import GenerateRequest
+from schemas.webhooks import WebhookDelivery
 from storage.keys import (
     active_key,
     active_prefix,
@@ -99,6 +100,7 @@ class JobChanges(TypedDict, total=False):
     cancel_requested: bool
     result: RenderedClip | None
     error: Problem | None
+    webhook: WebhookDelivery | None
 
 
 class ActiveEntry(NamedTuple):
@@ -130,7 +132,7 @@ class JobRecords:
 
     def create(self, record: JobRecord) -> str:
         """Write a new record. Returns its ETag. Raises PreconditionFailed when the id has one already."""
-        if record.batch_id is not None:  # the batch has an entry for all of its jobs
+        if record.batch_id is not None and record.request.webhook_url is None:  # the batch's entry stands for it
             return self._store.put(job_key(record.job_id), _encode(record), if_none_match=True).etag
         key, began = active_key(record.principal, entry_of(record)), time.monotonic()
         self._store.put(key, b"")
@@ -170,6 +172,13 @@ class JobRecords:
             raise IllegalTransition(record.state, to_state)
         return record.model_copy(update={**changes, "state": to_state, "at": {**record.at, to_state: self._now()}})
 
+    def cancelled(self, record: JobRecord) -> JobRecord:
+        """The record of a job that is cancelled where nobody works on it. Writes nothing. Raises IllegalTransition."""
+        url = record.request.webhook_url
+        webhook = None if url is None else WebhookDelivery(url=url)
+        error = JobCancelled().problem(job_id=record.job_id)
+        return self.moved(record, JobState.CANCELLED, lease=None, error=error, webhook=webhook)
+
     @staticmethod
     def amended(record: JobRecord, **changes: Unpack[JobChanges]) -> JobRecord:
         """The record with something else changed than its state. Writes nothing."""
@@ -200,14 +209,15 @@ class JobRecords:
         return moved, self.write(moved, etag)
 
     def file_as_done(self, record: JobRecord) -> None:
-        """Give an ended job its place among the ended ones. Doing it twice changes nothing."""
-        item = item_of(record.job_id)
-        if item is not None:
-            self._store.put(batch_done_key(*item, record.state), b"")
-            return
-        entry = entry_of(record)
-        self._store.put(done_key(record.principal, record.state, entry), b"")
-        self._store.delete(active_key(record.principal, entry))
+        """Give an ended job its place among the ended ones; it stays active until its webhook is done.
+
+        Doing it twice changes nothing.
+        """
+        item, entry = item_of(record.job_id), entry_of(record)
+        done = done_key(record.principal, record.state, entry) if item is None else batch_done_key(*item, record.state)
+        self._store.put(done, b"")
+        if not record.awaits_webhook and (item is None or record.webhook is not None):
+            self._store.delete(active_key(record.principal, entry))
 
     def forget_entry(self, found: ActiveEntry) -> None:
         """Delete an active entry that leads nowhere."""

@@ -40,12 +40,14 @@ from schemas.health import LastError, QueueHealth
 from schemas.jobs import Job, JobPage, JobRecord, JobState, RenderedClip, job_id_from, job_id_of, new_job_id
 from schemas.model_profile import ModelProfile
 from schemas.requests import GenerateRequest, GenerationParameters, url_ttl
+from schemas.webhooks import WebhookDelivery
 from serve_graph.api_keys import NOBODY, Principal
 from serve_graph.jobs.attempts import Attempts
 from serve_graph.jobs.census import Census
 from serve_graph.jobs.following import Followers
 from serve_graph.jobs.limits import Patiences, QueueLimits
 from serve_graph.jobs.live import LiveJob
+from serve_graph.jobs.outbox import Outbox
 from serve_graph.jobs.recording import Lost, Recorder
 from serve_graph.jobs.takeover import Sweeper
 from serve_graph.jobs.views import Views, owned, owned_tombstone
@@ -53,6 +55,8 @@ from serve_graph.jobs.worker import Worker
 from serve_graph.logs import log_event, log_failure, log_job
 from serve_graph.metrics import IngressMetrics
 from serve_graph.prompts import clean_prompt, prompt_hash, surely_fits
+from serve_graph.webhooks.policy import WebhookPolicy, check_webhook_url
+from serve_graph.webhooks.sender import WebhookSender
 from storage.job_records import Deleted, JobRecords, entry_of, request_digest
 from storage.keys import entry_id
 from storage.store import InvalidKey, PreconditionFailed, PresignedUrl, Presigner
@@ -62,6 +66,9 @@ T = TypeVar("T")
 _STOPPED = "the service is stopping; the job goes on at its next start: ask for it by its id"
 
 MAX_RETRY_AFTER_S = 600
+
+LAST_WORDS_S = 15.0
+"""At a stop, for indexes and webhooks of jobs that have ended; an attempt at a webhook takes 10 s at most."""
 
 MAX_PAGE = 100
 """Jobs on one page of a list: each is a read."""
@@ -84,6 +91,8 @@ class JobService:
         metrics: IngressMetrics,
         executor: Executor,
         clip_retention: timedelta | None = None,
+        webhook_policy: WebhookPolicy | None = None,
+        webhook_sender: WebhookSender | None = None,
     ) -> None:
         self._profile = profile
         self._worker = worker
@@ -97,6 +106,8 @@ class JobService:
         self._recorder = Recorder(records, executor, owner=token_hex(8), patience_s=patiences.store_s)
         self._views = Views(presigner, default_url_ttl, clip_retention)
         self._followers = Followers(self._recorder)
+        self._webhook_policy = webhook_policy or WebhookPolicy(can_sign=webhook_sender is not None)
+        self._outbox = Outbox(self._recorder, webhook_sender)
         self._attempts = Attempts(
             worker, self._recorder, patiences, on_start=self._note_start, on_retry=self._note_retry
         )
@@ -142,6 +153,8 @@ class JobService:
             if known is not None:
                 return known
         parameters = self._profile.resolve(request)
+        if request.webhook_url is not None:
+            check_webhook_url(request.webhook_url, self._webhook_policy)
         self._refuse_url_beyond_clip(request)
         self._refuse_beyond_memory(parameters)
         cleaned = clean_prompt(parameters.prompt)
@@ -328,6 +341,10 @@ class JobService:
         self._drained.set()
         for task in self._tending:
             task.cancel()
+        if self._filing:  # a webhook that takes longer is tried again by the next process
+            _, late = await asyncio.wait(list(self._filing), timeout=LAST_WORDS_S)
+            for task in late:
+                task.cancel()
         await asyncio.gather(*self._tending, *self._filing, return_exceptions=True)
 
     def is_live(self, job_id: str) -> bool:
@@ -343,12 +360,20 @@ class JobService:
         if not self._draining and record.job_id not in self._live:
             self._enqueue(LiveJob(record, etag, began=time.monotonic()))
 
-    async def file(self, record: JobRecord) -> None:
-        """Give an ended job its place in the index, and collect what its lost attempts left."""
+    def webhook_due_in_s(self, record: JobRecord) -> float | None:
+        """Seconds until an ended job's webhook may be tried; None where there is none to deliver."""
+        return self._outbox.due_in_s(record)
+
+    async def file(self, record: JobRecord, etag: str) -> None:
+        """Give an ended job its place in the index, collect what its lost attempts left, and try its webhook."""
         try:
             if record.attempts > 1:
                 await self._recorder.io(self._records.discard_lost_clips, record)
             await self._recorder.io(self._records.file_as_done, record)
+            if record.awaits_webhook:
+                told = await self._outbox.deliver(record, etag)
+                if not told.awaits_webhook:
+                    await self._recorder.io(self._records.file_as_done, told)
         except WanError as failure:  # the entry stays active, so a sweep does it again
             log_failure("filing_failed", failure, job_id=record.job_id)
 
@@ -474,8 +499,8 @@ class JobService:
         self._census.went(live)
         live.ended.set()
         live.tell()
-        if live.record.state.is_terminal and not live.lost:
-            self._spawn(self.file(live.record))
+        if live.record.state.is_terminal and not live.lost and live.etag is not None:
+            self._spawn(self.file(live.record, live.etag))
         self._tell_metrics()
 
     def _leave(self, live: LiveJob) -> None:
@@ -497,7 +522,9 @@ class JobService:
         """Record the end and tell the log and the metrics."""
         unwanted = state is not JobState.SUCCEEDED
         try:
-            await self._recorder.move(live, state, result=result, error=error, lease=None)
+            url = live.record.request.webhook_url
+            webhook = None if url is None else WebhookDelivery(url=url)
+            await self._recorder.move(live, state, result=result, error=error, lease=None, webhook=webhook)
         except Lost:
             live.lost = True
             return
@@ -554,17 +581,16 @@ class JobService:
             if record.state.is_terminal or record.cancel_requested:
                 break
             if record.state is JobState.QUEUED:
-                error = JobCancelled().problem(job_id=job_id)
-                changed = self._records.moved(record, JobState.CANCELLED, error=error)
+                changed = self._records.cancelled(record)
             else:
                 changed = self._records.amended(record, cancel_requested=True)
             try:
-                await self._recorder.io(self._records.write, changed, etag)
+                etag = await self._recorder.io(self._records.write, changed, etag)
             except PreconditionFailed:
                 continue
             record = changed
             if record.state.is_terminal:
-                await self.file(record)
+                self._spawn(self.file(record, etag))
             break
         try:
             async with asyncio.timeout(2 * self._patiences.renewal_s):

@@ -50,6 +50,7 @@ class Views:
             progress=shown,
             clip=self._clip_if_there(record),
             error=record.error,
+            webhook=record.webhook.state if record.webhook is not None else None,
         )
 
     def clip(self, record: JobRecord) -> Clip:
