@@ -71,7 +71,11 @@ TRANSITIONS: Final[dict[JobState, frozenset[JobState]]] = {
 
 
 class RenderedClip(BaseModel):
-    """What the generator hands back: where the bytes are and what they are. The bytes never cross a handle."""
+    """What the generator hands back: where the bytes are and what they are. The bytes never cross a handle.
+
+    denoise_device_s, decode_device_s: seconds that the device worked on this job, its part of shared forwards; the
+    timings of the two stages also hold the turns of other jobs. 0 in records of before they were kept.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -79,6 +83,8 @@ class RenderedClip(BaseModel):
     size_bytes: int
     sha256: str
     timings: Timings
+    denoise_device_s: float = 0.0
+    decode_device_s: float = 0.0
 
 
 class Progress(BaseModel):

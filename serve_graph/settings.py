@@ -17,6 +17,7 @@ from schemas.model_profile import ModelProfile
 from schemas.official_profiles import PROFILES
 from schemas.requests import MAX_URL_TTL_S, MIN_URL_TTL_S
 from serve_graph.api_keys import ApiKeys, InvalidApiKeys
+from serve_graph.scheduling import Policy
 from serve_graph.webhooks.policy import WebhookPolicy
 from serve_graph.webhooks.signing import InvalidWebhookSecret, WebhookSigner
 from storage.s3_options import S3Options
@@ -104,8 +105,16 @@ class StorageSettings(_Section):
 
 
 class QueueSettings(_Section):
-    """Admission: who may wait, and how many are under way."""
+    """Admission: who may wait, how many are under way, and whose turn it is."""
 
+    policy: Policy = Field(
+        default="srpt", description="Whose turn it is: `srpt`, shortest remaining work first in each class, or `fifo`."
+    )
+    max_stretch: float = Field(
+        default=1.5,
+        ge=1,
+        description="`srpt`: a job that would take longer than so many times its time under `fifo` goes before others.",
+    )
     max_waiting_jobs: int = Field(default=256, ge=1, description="Beyond it, requests get a 429.")
     prefetch: int = Field(
         default=2, ge=0, description="Jobs handed to the generator beyond its slots, so that it never idles."

@@ -285,13 +285,15 @@ class JobRecords:
 
     def _entries_of(self, prefix: str, after: str | None, limit: int) -> Iterator[str]:
         start = None if after is None else start_after_entry(prefix, after)
-        for stat in itertools.islice(self._listed(prefix, start), limit):
+        for stat in itertools.islice(self._listed(prefix, start, page_size=min(limit, MAX_LIST_LIMIT)), limit):
             with suppress(InvalidKey):
                 yield entry_of_key(stat.key)
 
-    def _listed(self, prefix: str, start_after: str | None = None) -> Iterator[ObjectStat]:
+    def _listed(
+        self, prefix: str, start_after: str | None = None, page_size: int = MAX_LIST_LIMIT
+    ) -> Iterator[ObjectStat]:
         while True:
-            page = self._store.list(prefix, start_after=start_after, limit=MAX_LIST_LIMIT)
+            page = self._store.list(prefix, start_after=start_after, limit=page_size)
             yield from page.stats
             if page.next_after is None:
                 return

@@ -11,6 +11,7 @@ from schemas.errors import (
     PROBLEM_TYPE_PREFIX,
     BodyTooLarge,
     ClipNotFound,
+    DeadlineExceeded,
     FieldError,
     Forbidden,
     InternalError,
@@ -66,6 +67,7 @@ SAMPLES = [
     ShuttingDown("a detail"),
     StoreUnavailable("a detail"),
     WorkerLost("a detail", 1),
+    DeadlineExceeded(2.5),
     StoreFull(),
     OutOfMemory(),
     RenderFailed("a detail"),
@@ -169,6 +171,10 @@ def test_prompt_too_long_names_both_numbers() -> None:
     assert "600" in error.detail
     assert "512" in error.detail
     assert [field_error.field for field_error in error.errors] == ["negative_prompt"]
+
+
+def test_deadline_exceeded_names_the_deadline() -> None:
+    assert "2.5" in DeadlineExceeded(2.5).detail
 
 
 def test_recorded_failure_answers_with_the_recorded_problem_under_the_new_request_id() -> None:
