@@ -9,10 +9,13 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.integration.service import RunningService
 
 PROMPTS = 200
-WAIT_S = 170
+WAIT_S = 300
+QUEUE = {"lease_s": 3}
 
 
 def start_batch(folder: Path, base: str) -> subprocess.Popen[str]:
@@ -23,12 +26,13 @@ def start_batch(folder: Path, base: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.timeout(600)  # 200 clips, and two starts
 def test_batch_whose_client_and_service_are_killed_half_way_makes_every_clip_once(
     tmp_path: Path, tell: Callable[[str, str], None]
 ) -> None:
     lines = [json.dumps({"prompt": f"circle {n}", "seed": n, "num_frames": 5}) for n in range(PROMPTS)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
-    service = RunningService(tmp_path).wait_ready()
+    service = RunningService(tmp_path, queue=QUEUE).wait_ready()
     client = start_batch(tmp_path, service.base)
     while len(list((tmp_path / "out").glob("*.mp4"))) < PROMPTS // 2:
         assert client.poll() is None, client.communicate()
@@ -39,7 +43,7 @@ def test_batch_whose_client_and_service_are_killed_half_way_makes_every_clip_onc
     fetched = {path: path.stat().st_ino for path in (tmp_path / "out").glob("*.mp4")}
 
     client = start_batch(tmp_path, service.base)  # it waits for the service
-    service = RunningService(tmp_path, port=service.port).wait_ready()
+    service = RunningService(tmp_path, port=service.port, queue=QUEUE).wait_ready()
     printed, errors = client.communicate(timeout=WAIT_S)
     after = [line["job_id"] for line in service.log("job") if line["state"] == "succeeded"]
     service.stop(signal.SIGTERM)
