@@ -56,7 +56,11 @@ class Ingress:
             records=JobRecords(opened.store),
             presigner=opened.presigner,
             limits=QueueLimits(
-                settings.queue.max_waiting_jobs, settings.max_dispatched_jobs, settings.engine.max_clip_pixels
+                max_waiting_jobs=settings.queue.max_waiting_jobs,
+                max_dispatched_jobs=settings.max_dispatched_jobs,
+                max_clip_pixels=settings.engine.max_clip_pixels,
+                policy=settings.queue.policy,
+                max_stretch=settings.queue.max_stretch,
             ),
             patiences=Patiences(
                 worker_s=settings.queue.worker_patience_s,

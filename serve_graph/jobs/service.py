@@ -22,6 +22,7 @@ from schemas.clips import Clip
 from schemas.errors import (
     ClipGone,
     ClipNotFound,
+    DeadlineExceeded,
     FieldError,
     IdempotencyMismatch,
     InternalError,
@@ -33,6 +34,7 @@ from schemas.errors import (
     Problem,
     QueueFull,
     QuotaExceeded,
+    RecordedFailure,
     ShuttingDown,
     WanError,
 )
@@ -46,6 +48,7 @@ from serve_graph.jobs.attempts import Attempts
 from serve_graph.jobs.census import Census
 from serve_graph.jobs.following import Followers
 from serve_graph.jobs.limits import Patiences, QueueLimits
+from serve_graph.jobs.line import Line, Scheduling
 from serve_graph.jobs.live import LiveJob
 from serve_graph.jobs.outbox import Outbox
 from serve_graph.jobs.recording import Lost, Recorder
@@ -113,15 +116,13 @@ class JobService:
         )
         self._sweeper = Sweeper(self._recorder, patiences, model=profile.name, jobs=self)
         self._live: dict[str, LiveJob] = {}
-        self._waiting: dict[str, LiveJob] = {}
-        self._dispatched = 0
+        self._line = Line(Scheduling(limits.max_dispatched_jobs, limits.policy, limits.max_stretch))
         self._census = Census()
         self._creating: dict[str, asyncio.Task[None]] = {}
         self._filing: set[asyncio.Task[None]] = set()
         self._tending: list[asyncio.Task[None]] = []
         self._draining = False
         self._drained = asyncio.Event()
-        self._mean_job_s: float | None = None
         self.last_error: LastError | None = None
         self._tell_metrics()
 
@@ -271,12 +272,15 @@ class JobService:
         """Cancel a job, whoever runs it. Returns it as it ended, by the cancel or just before.
 
         Where another process runs it and does not answer within two renewals, the job is returned as it is then,
-        with `cancel_requested`. Raises JobNotFound, JobGone, StoreUnavailable.
+        with `cancel_requested`. Raises JobNotFound, JobGone, StoreUnavailable; RecordedFailure where the
+        store could not be told in time.
         """
         live = self._live.get(job_id)
         if live is not None:
             owned(live.record, principal)
             await self._cancel_here(live)
+            if live.unrecorded and live.record.error is not None:
+                raise RecordedFailure(live.record.error)
             if not live.lost:
                 return self._view(live.record)
         record = await self._cancel_elsewhere(job_id, principal)
@@ -325,13 +329,13 @@ class JobService:
         self._draining = True
         while self._creating:
             await asyncio.wait(list(self._creating.values()))
-        for live in [live for live in self._waiting.values() if live.waiters == 0]:
+        for live in [live for live in self._line if live.waiters == 0]:
             self._leave(live)
         tasks = self._tasks()
         if tasks:
             await asyncio.wait(tasks, timeout=timeout_s)
         self._recorder.hurrying = True
-        for live in list(self._waiting.values()):
+        for live in self._line:
             self._leave(live)
         for live in list(self._live.values()):
             live.handed_back = not live.ending
@@ -400,6 +404,15 @@ class JobService:
         if self._draining:
             raise ShuttingDown("the service is shutting down; send the request again elsewhere or later")
 
+    @staticmethod
+    def _deadline_left_s(record: JobRecord) -> float | None:
+        """Seconds until the request's deadline. After a restart the wall clock has to say how much has passed."""
+        deadline_s = record.request.deadline_s
+        if deadline_s is None:
+            return None
+        passed_s = (datetime.now(UTC) - record.created_at).total_seconds()
+        return max(0.0, deadline_s - max(0.0, passed_s))
+
     def _refuse_beyond_memory(self, parameters: GenerationParameters) -> None:
         fitting, frame = self._limits.max_clip_pixels, parameters.width * parameters.height
         if fitting is None or frame * parameters.num_frames <= fitting:
@@ -424,7 +437,7 @@ class JobService:
             raise QuotaExceeded(allowed, self._seconds_for(mine))
 
     def _seconds_for(self, num_jobs: int) -> int:
-        seconds = (self._mean_job_s or 1.0) * num_jobs / self._limits.max_dispatched_jobs
+        seconds = self._line.seconds_for(num_jobs) if self._line.is_calibrated else num_jobs
         return min(MAX_RETRY_AFTER_S, max(1, round(seconds)))
 
     def _surely_fits(self, cleaned: str, parameters: GenerationParameters) -> bool:
@@ -447,16 +460,18 @@ class JobService:
             self._enqueue(LiveJob(record, etag, began=time.monotonic()))
 
     def _enqueue(self, live: LiveJob) -> None:
-        self._live[live.job_id] = self._waiting[live.job_id] = live
+        self._live[live.job_id] = live
         self._census.came(live)
+        left_s = self._deadline_left_s(live.record)
+        self._line.join(live, left_s)
+        if left_s is not None:
+            live.expiry = asyncio.get_running_loop().call_later(left_s, self._expire, live)
         self._dispatch()
         self._tell_metrics()
 
     def _dispatch(self) -> None:
         """Let the next jobs go, as many as may be under way at once."""
-        while self._waiting and self._dispatched < self._limits.max_dispatched_jobs:
-            live = self._waiting.pop(next(iter(self._waiting)))
-            self._dispatched += 1
+        while (live := self._line.next()) is not None:
             live.task = asyncio.create_task(self._run(live), context=contextvars.Context())
 
     async def _run(self, live: LiveJob) -> None:
@@ -488,18 +503,19 @@ class JobService:
             if live.lost and live.started:
                 await self._attempts.discard_clip(live)
         finally:
-            self._dispatched -= 1
             self._let_go(live)
             self._dispatch()
 
     def _let_go(self, live: LiveJob) -> None:
         """This process has the job no longer in hand."""
         del self._live[live.job_id]
-        self._waiting.pop(live.job_id, None)
+        self._line.leave(live)
         self._census.went(live)
+        if live.expiry is not None:
+            live.expiry.cancel()
         live.ended.set()
         live.tell()
-        if live.record.state.is_terminal and not live.lost and live.etag is not None:
+        if live.record.state.is_terminal and live.etag is not None and not (live.lost or live.unrecorded):
             self._spawn(self.file(live.record, live.etag))
         self._tell_metrics()
 
@@ -535,6 +551,7 @@ class JobService:
             unwanted = False  # nobody can say what was written
             state, result, error = JobState.FAILED, None, known.problem(job_id=live.job_id)
             live.record = live.record.model_copy(update={"state": state, "error": error})
+            live.unrecorded = True
         seconds = time.monotonic() - live.began
         timings = result.timings if result is not None else None
         name = error.name if error is not None else ""
@@ -543,7 +560,7 @@ class JobService:
         if unwanted and live.started:
             await self._attempts.discard_clip(live)
         if result is not None:
-            self._learn(seconds)
+            self._line.learn(live, result)
         self._metrics.job_ended(state, seconds, error=name, timings=timings)
         log_job(
             request_id=live.record.request_id,
@@ -558,19 +575,26 @@ class JobService:
 
     async def _cancel_here(self, live: LiveJob) -> None:
         """Cancel a job of this process and wait for its end."""
-        if live.task is None and self._waiting.pop(live.job_id, None) is not None:
-            self._dispatched += 1  # its end counts as being under way
-            live.task = asyncio.create_task(self._end_unbegun(live), context=contextvars.Context())
-        else:
-            live.stop()
+        self._stop(live, JobCancelled())
         await live.ended.wait()
 
-    async def _end_unbegun(self, live: LiveJob) -> None:
+    def _expire(self, live: LiveJob) -> None:
+        """The job's deadline is over."""
+        self._stop(live, DeadlineExceeded(live.record.request.deadline_s or 0.0))
+
+    def _stop(self, live: LiveJob, reason: WanError) -> None:
+        """End a job of this process early, whether it waits or runs."""
+        if self._line.leave(live):
+            live.task = asyncio.create_task(self._end_unbegun(live, reason), context=contextvars.Context())
+        else:
+            live.stop(reason)
+
+    async def _end_unbegun(self, live: LiveJob, reason: WanError) -> None:
         live.ending = True
+        state = JobState.CANCELLED if isinstance(reason, JobCancelled) else JobState.FAILED
         try:
-            await self._end(live, JobState.CANCELLED, None, JobCancelled().problem(job_id=live.job_id))
+            await self._end(live, state, None, reason.problem(job_id=live.job_id))
         finally:
-            self._dispatched -= 1
             self._let_go(live)
             self._dispatch()
 
@@ -704,8 +728,10 @@ class JobService:
         live = live or self._live.get(record.job_id)
         if live is None:
             return self._views.job(record)
-        position = list(self._waiting).index(live.job_id) if live.job_id in self._waiting else None
-        return self._views.job(record, progress=live.progress, position=position)
+        place = self._line.outlook(live)
+        position = place.position - 1 if place is not None and live.job_id in self._line else None
+        seconds_left = place.seconds_left if place is not None and self._line.is_calibrated else None
+        return self._views.job(record, progress=live.progress, position=position, seconds_left=seconds_left)
 
     def _note_start(self, live: LiveJob) -> None:
         self._census.moved(live)
@@ -714,9 +740,6 @@ class JobService:
     def _note_retry(self, live: LiveJob, failure: WanError) -> None:
         self._metrics.job_retried(failure.name)
         self.last_error = LastError(error=failure.name, job_id=live.job_id, at=datetime.now(UTC))
-
-    def _learn(self, seconds: float) -> None:
-        self._mean_job_s = seconds if self._mean_job_s is None else 0.8 * self._mean_job_s + 0.2 * seconds
 
     def _tell_metrics(self) -> None:
         queue = self.queue()

@@ -42,7 +42,7 @@ class Views:
             batch_id=record.batch_id,
             model=record.model,
             parameters=record.parameters,
-            priority=getattr(record.request, "priority", "normal"),
+            priority=record.request.priority,
             attempts=record.attempts,
             cancel_requested=record.cancel_requested,
             position=position,
