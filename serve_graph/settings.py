@@ -23,6 +23,11 @@ from serve_graph.webhooks.signing import InvalidWebhookSecret, WebhookSigner
 from storage.s3_options import S3Options
 
 ENV_PREFIX = "WAN_"
+URL_VARIABLE = "WAN_URL"
+API_KEY_VARIABLE = "WAN_API_KEY"
+CLIENT_NAMES = frozenset({URL_VARIABLE, API_KEY_VARIABLE})
+"""Read by `wan-serve`'s commands that talk to a service; the service itself lets them be."""
+
 SECRET_NAMES = frozenset(
     {
         *("WAN_SIGNING_SECRET", "WAN_API_KEYS", "WAN_WEBHOOK_SECRET"),
@@ -325,7 +330,7 @@ def read_settings(args: Mapping[str, Any], public_url: str | None = None) -> Set
 def _refuse_unknown_variables() -> None:
     """A section's variable has a second part, which the section itself checks; any other has none."""
     for name in os.environ:
-        if not name.upper().startswith(ENV_PREFIX) or name.upper() in SECRET_NAMES:
+        if not name.upper().startswith(ENV_PREFIX) or name.upper() in SECRET_NAMES | CLIENT_NAMES:
             continue
         first, *rest = name.lower().removeprefix(ENV_PREFIX.lower()).split("__")
         field = Settings.model_fields.get(first)
