@@ -23,6 +23,7 @@ from schemas.requests import GenerateRequest
 from storage.keys import (
     active_key,
     active_prefix,
+    batch_cancel_key,
     batch_done_key,
     clip_key,
     clip_prefix,
@@ -175,15 +176,17 @@ class JobRecords:
         """The record with something else changed than its state. Writes nothing."""
         return record.model_copy(update={**changes})
 
-    def write(self, changed: JobRecord | Tombstone, etag: str, *, again: bool = False) -> str:
+    def write(self, changed: JobRecord | Tombstone, etag: str | None, *, again: bool = False) -> str:
         """Put what `moved` or `amended` made in the place of the version with this ETag. Returns the new ETag.
 
+        etag: None for a job of a batch that has no record yet; the record is created then.
         again: an earlier try at the same write had no answer, so it may be there already.
 
         Raises PreconditionFailed: another process changed or deleted the record meanwhile. Nothing was written.
         """
         try:
-            return self._store.put(job_key(changed.job_id), _encode(changed), if_match=etag).etag
+            key, body = job_key(changed.job_id), _encode(changed)
+            return self._store.put(key, body, if_match=etag, if_none_match=etag is None).etag
         except PreconditionFailed:
             if again:
                 with suppress(JobNotFound, Deleted):
@@ -201,19 +204,32 @@ class JobRecords:
 
     def file_as_done(self, record: JobRecord) -> None:
         """Give an ended job its place among the ended ones. Doing it twice changes nothing."""
-        item = item_of(record.job_id)
-        if item is not None:
-            self._store.put(batch_done_key(*item, record.state), b"")
+        if item_of(record.job_id) is not None:
+            self.file_item(record.job_id, record.state)
             return
         entry = entry_of(record)
         self._store.put(done_key(record.principal, record.state, entry), b"")
         self._store.delete(active_key(record.principal, entry))
 
+    def file_item(self, job_id: str, state: JobState) -> None:
+        """Give an ended job of a batch its place among the batch's ended ones. Doing it twice changes nothing."""
+        item = item_of(job_id)
+        if item is not None:
+            self._store.put(batch_done_key(*item, state), b"")
+
     def forget_entry(self, found: ActiveEntry) -> None:
         """Delete an active entry that leads nowhere."""
         self._store.delete(active_key(*found))
 
-    def delete(self, record: JobRecord, etag: str) -> None:
+    def batch_is_cancelled(self, batch_id: str) -> bool:
+        """Whether a cancel of the batch is on record."""
+        try:
+            self._store.stat(batch_cancel_key(batch_id))
+        except ObjectNotFound:
+            return False
+        return True
+
+    def delete(self, record: JobRecord, etag: str | None) -> None:
         """Delete an ended job: first a tombstone in the record's place, then its clips, then its place in the index.
 
         Raises PreconditionFailed, IllegalTransition; nothing was deleted.

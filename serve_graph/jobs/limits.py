@@ -7,12 +7,14 @@ from dataclasses import dataclass
 class QueueLimits:
     """max_waiting_jobs: beyond it, QueueFull. max_dispatched_jobs: handed to the worker at once.
 
+    max_batches: unfinished ones of one principal; beyond it, QuotaExceeded.
     max_clip_pixels: width x height x frames of one clip that fit into the device's memory; None: all that is legal.
     """
 
     max_waiting_jobs: int
     max_dispatched_jobs: int
     max_clip_pixels: int | None = None
+    max_batches: int = 64
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ class LiveJob:
     began: when this process took it up, on the monotonic clock.
     stopped_by: why its task was cancelled, where that was not a client's wish.
     handed_back: it is left to the next process. lost: another process has it.
+    unrecorded: its end could not be written, so its record says otherwise.
     """
 
     record: JobRecord
@@ -27,6 +28,7 @@ class LiveJob:
     stopped_by: WanError | None = None
     handed_back: bool = False
     lost: bool = False
+    unrecorded: bool = False
     waiters: int = 0
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
     ended: asyncio.Event = field(default_factory=asyncio.Event)

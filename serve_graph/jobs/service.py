@@ -11,13 +11,14 @@ import contextvars
 import hashlib
 import hmac
 import time
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from secrets import token_hex
 from typing import Any, TypeVar
 
+from schemas.batches import Batch
 from schemas.clips import Clip
 from schemas.errors import (
     ClipGone,
@@ -42,6 +43,8 @@ from schemas.model_profile import ModelProfile
 from schemas.requests import GenerateRequest, GenerationParameters, url_ttl
 from serve_graph.api_keys import NOBODY, Principal
 from serve_graph.jobs.attempts import Attempts
+from serve_graph.jobs.batch_intake import Sent
+from serve_graph.jobs.batches import Batches
 from serve_graph.jobs.census import Census
 from serve_graph.jobs.following import Followers
 from serve_graph.jobs.limits import Patiences, QueueLimits
@@ -62,6 +65,9 @@ T = TypeVar("T")
 _STOPPED = "the service is stopping; the job goes on at its next start: ask for it by its id"
 
 MAX_RETRY_AFTER_S = 600
+
+BATCH_TURN = 4
+"""Of so many jobs that go, one is a batch's where one waits."""
 
 MAX_PAGE = 100
 """Jobs on one page of a list: each is a read."""
@@ -100,10 +106,11 @@ class JobService:
         self._attempts = Attempts(
             worker, self._recorder, patiences, on_start=self._note_start, on_retry=self._note_retry
         )
-        self._sweeper = Sweeper(self._recorder, patiences, model=profile.name, jobs=self)
         self._live: dict[str, LiveJob] = {}
         self._waiting: dict[str, LiveJob] = {}
         self._dispatched = 0
+        self._batch_jobs = 0
+        self._since_batch = 0
         self._census = Census()
         self._creating: dict[str, asyncio.Task[None]] = {}
         self._filing: set[asyncio.Task[None]] = set()
@@ -112,6 +119,19 @@ class JobService:
         self._drained = asyncio.Event()
         self._mean_job_s: float | None = None
         self.last_error: LastError | None = None
+        self.batches = Batches(
+            self,
+            self._recorder,
+            worker,
+            self._views,
+            metrics,
+            patiences,
+            check=self._checked,
+            model=profile.name,
+            hash_secret=hash_secret,
+            max_batches=limits.max_batches,
+        )
+        self._sweeper = Sweeper(self._recorder, patiences, model=profile.name, jobs=self, batches=self.batches)
         self._tell_metrics()
 
     def start(self) -> None:
@@ -141,16 +161,11 @@ class JobService:
             known = await self._known(job_id, request)
             if known is not None:
                 return known
-        parameters = self._profile.resolve(request)
-        self._refuse_url_beyond_clip(request)
-        self._refuse_beyond_memory(parameters)
-        cleaned = clean_prompt(parameters.prompt)
-        if not cleaned:
-            raise InvalidRequest([FieldError(field="prompt", message="is blank once it is cleaned as Wan does")])
+        parameters, fits = self._checked(request)
         self._admit(principal)
         self._census.submitting[principal.name] += 1  # until `_create` has made it a live job
         try:
-            if not self._surely_fits(cleaned, parameters):
+            if not fits:
                 await self._worker.check(parameters)
                 self._refuse_if_draining()
         except BaseException:
@@ -188,6 +203,28 @@ class JobService:
             raise
         return record
 
+    async def submit_batch(
+        self,
+        requests: AsyncIterator[Sent],
+        request_id: str,
+        principal: Principal = NOBODY,
+        *,
+        webhook_url: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> Batch:
+        """Check all requests and commit them as one batch. See `Batches.submit`; ShuttingDown at a stop.
+
+        Whoever is cancelled meanwhile leaves a batch only if it has a key to ask for it again.
+        """
+        self._refuse_if_draining()
+        submitting = asyncio.create_task(
+            self.batches.submit(
+                requests, request_id, principal, webhook_url=webhook_url, idempotency_key=idempotency_key
+            ),
+            context=contextvars.Context(),
+        )
+        return await submitting
+
     async def wait(self, job_id: str, principal: Principal = NOBODY) -> Clip:
         """Wait for a job to end, whoever runs it. Raises the problem it ended with; ShuttingDown at a stop."""
         live = self._live.get(job_id)
@@ -217,20 +254,25 @@ class JobService:
         principal: Principal = NOBODY,
         *,
         state: JobState | None = None,
+        batch_id: str | None = None,
         limit: int = 20,
         after: str | None = None,
         after_job: str | None = None,
     ) -> JobPage:
         """One page of this principal's jobs, newest first; those of batches are not among them.
 
+        batch_id: instead, those of this batch, in the order of submission. Raises BatchNotFound, BatchGone then.
         after: a page's `next_cursor`. after_job: instead of it, the id of the last job of the page before.
         Raises InvalidRequest for a cursor that is none, JobNotFound, JobGone.
         """
         if after_job is not None:
             record = await self._record(after_job, principal)
             after = entry_of(record)
-        _check_cursor(after)
         states = tuple(JobState) if state is None else (state,)
+        if batch_id is not None:
+            items, cursor = await self.batches.page(batch_id, principal, states=states, limit=limit, after=after)
+            return JobPage(jobs=tuple(map(self._view, items)), next_cursor=cursor)
+        _check_cursor(after)
         found: list[JobRecord] = []
         more = True
         while more and len(found) < limit:
@@ -300,7 +342,7 @@ class JobService:
         """Cancel a job of this process whose client has gone, unless somebody else waits or may come back."""
         live = self._live.get(job_id)
         if live is not None and not live.record.idempotent and live.waiters == 0:
-            self._spawn(self._cancel_here(live))
+            self.spawn(self._cancel_here(live))
 
     def queue(self) -> QueueHealth:
         """How full the service is."""
@@ -328,7 +370,9 @@ class JobService:
         self._drained.set()
         for task in self._tending:
             task.cancel()
-        await asyncio.gather(*self._tending, *self._filing, return_exceptions=True)
+        await asyncio.gather(*self._tending, return_exceptions=True)
+        while self._filing:
+            await asyncio.wait(list(self._filing))
 
     def is_live(self, job_id: str) -> bool:
         """Whether this process has the job in hand."""
@@ -341,7 +385,18 @@ class JobService:
     def adopt(self, record: JobRecord, etag: str) -> None:
         """Put a queued job in line that another process, or an earlier one, has recorded."""
         if not self._draining and record.job_id not in self._live:
-            self._enqueue(LiveJob(record, etag, began=time.monotonic()))
+            live = LiveJob(record, etag, began=time.monotonic())
+            self._enqueue(live)
+            if self.batches.took(record):  # and it was cancelled
+                self.cancel_live(live)
+
+    def live(self, job_id: str) -> LiveJob | None:
+        """The job, where this process has it in hand."""
+        return self._live.get(job_id)
+
+    def cancel_live(self, live: LiveJob) -> None:
+        """Cancel a job of this process without waiting for its end."""
+        self.spawn(self._cancel_here(live))
 
     async def file(self, record: JobRecord) -> None:
         """Give an ended job its place in the index, and collect what its lost attempts left."""
@@ -349,6 +404,7 @@ class JobService:
             if record.attempts > 1:
                 await self._recorder.io(self._records.discard_lost_clips, record)
             await self._recorder.io(self._records.file_as_done, record)
+            self.batches.filed(record.job_id, record.state)
         except WanError as failure:  # the entry stays active, so a sweep does it again
             log_failure("filing_failed", failure, job_id=record.job_id)
 
@@ -370,6 +426,16 @@ class JobService:
         if record.request != request:
             raise IdempotencyMismatch
         return record
+
+    def _checked(self, request: GenerateRequest) -> tuple[GenerationParameters, bool]:
+        """Everything the output depends on, and whether no text can be too long. Raises InvalidRequest."""
+        parameters = self._profile.resolve(request)
+        self._refuse_url_beyond_clip(request)
+        self._refuse_beyond_memory(parameters)
+        cleaned = clean_prompt(parameters.prompt)
+        if not cleaned:
+            raise InvalidRequest([FieldError(field="prompt", message="is blank once it is cleaned as Wan does")])
+        return parameters, self._surely_fits(cleaned, parameters)
 
     def _refuse_if_draining(self) -> None:
         if self._draining:
@@ -424,15 +490,36 @@ class JobService:
     def _enqueue(self, live: LiveJob) -> None:
         self._live[live.job_id] = self._waiting[live.job_id] = live
         self._census.came(live)
-        self._dispatch()
+        self.dispatch()
         self._tell_metrics()
 
-    def _dispatch(self) -> None:
+    def dispatch(self) -> None:
         """Let the next jobs go, as many as may be under way at once."""
-        while self._waiting and self._dispatched < self._limits.max_dispatched_jobs:
-            live = self._waiting.pop(next(iter(self._waiting)))
+        while self._dispatched < self._limits.max_dispatched_jobs:
+            live = self._next()
+            if live is None:
+                return
             self._dispatched += 1
             live.task = asyncio.create_task(self._run(live), context=contextvars.Context())
+
+    def _next(self) -> LiveJob | None:
+        """The next job to go: one of `BATCH_TURN` may be a batch's while others wait, so that neither starves.
+
+        Jobs of batches leave one place under way to others, which then don't wait behind a whole row of them.
+        """
+        live = None
+        room = self._batch_jobs < max(1, self._limits.max_dispatched_jobs - 1)
+        if room and not self._draining and (not self._waiting or self._since_batch + 1 >= BATCH_TURN):
+            live = self.batches.next_job()
+        if live is not None:
+            self._since_batch = 0
+            self._batch_jobs += 1
+            self._live[live.job_id] = live
+            self._census.came(live)
+        elif self._waiting:
+            self._since_batch += 1
+            live = self._waiting.pop(next(iter(self._waiting)))
+        return live
 
     async def _run(self, live: LiveJob) -> None:
         """A job from its turn to its end. The boundary where every failure becomes the job's."""
@@ -465,17 +552,18 @@ class JobService:
         finally:
             self._dispatched -= 1
             self._let_go(live)
-            self._dispatch()
+            self.dispatch()
 
     def _let_go(self, live: LiveJob) -> None:
         """This process has the job no longer in hand."""
         del self._live[live.job_id]
         self._waiting.pop(live.job_id, None)
         self._census.went(live)
+        self.batches.went(live)
         live.ended.set()
         live.tell()
-        if live.record.state.is_terminal and not live.lost:
-            self._spawn(self.file(live.record))
+        if live.record.state.is_terminal and not live.lost and not live.unrecorded:
+            self.spawn(self.file(live.record))
         self._tell_metrics()
 
     def _leave(self, live: LiveJob) -> None:
@@ -505,7 +593,7 @@ class JobService:
             # The waiter learns why; the record keeps the last state that could be written.
             log_failure("record_failed", failure, job_id=live.job_id)
             known = failure if isinstance(failure, WanError) else InternalError()
-            unwanted = False  # nobody can say what was written
+            unwanted, live.unrecorded = False, True  # nobody can say what was written
             state, result, error = JobState.FAILED, None, known.problem(job_id=live.job_id)
             live.record = live.record.model_copy(update={"state": state, "error": error})
         seconds = time.monotonic() - live.began
@@ -545,7 +633,7 @@ class JobService:
         finally:
             self._dispatched -= 1
             self._let_go(live)
-            self._dispatch()
+            self.dispatch()
 
     async def _cancel_elsewhere(self, job_id: str, principal: Principal) -> JobRecord:
         """Cancel a job that this process has not in hand: by itself while it waits, else through its owner."""
@@ -652,10 +740,12 @@ class JobService:
             owned_tombstone(deleted.tombstone, principal)
             raise JobGone from deleted
 
-    async def _read(self, job_id: str, principal: Principal) -> tuple[JobRecord, str]:
-        """Raises JobNotFound, JobGone."""
+    async def _read(self, job_id: str, principal: Principal) -> tuple[JobRecord, str | None]:
+        """A record and its ETag; None for a job of a batch that has no record yet. Raises JobNotFound, JobGone."""
         try:
             record, etag = await self._recorder.io(self._records.get, job_id)
+        except JobNotFound:
+            return await self.batches.unbegun(job_id, principal), None
         except Deleted as deleted:
             owned_tombstone(deleted.tombstone, principal)
             raise JobGone from deleted
@@ -699,7 +789,7 @@ class JobService:
     def _tasks(self) -> Sequence[asyncio.Task[None]]:
         return [live.task for live in self._live.values() if live.task is not None]
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run something that nobody waits for but `drain`."""
         task = asyncio.create_task(work, context=contextvars.Context())
         self._filing.add(task)
