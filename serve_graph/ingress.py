@@ -50,7 +50,10 @@ class Ingress:
             records=JobRecords(opened.store),
             presigner=opened.presigner,
             limits=QueueLimits(
-                settings.queue.max_waiting_jobs, settings.max_dispatched_jobs, settings.engine.max_clip_pixels
+                settings.queue.max_waiting_jobs,
+                settings.max_dispatched_jobs,
+                settings.engine.max_clip_pixels,
+                settings.queue.max_batches,
             ),
             patiences=Patiences(
                 worker_s=settings.queue.worker_patience_s,

@@ -5,7 +5,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -32,8 +31,8 @@ _BODY = "body"
 def problem_response(problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
     """The HTTP form of a problem, with `Retry-After` where it has one."""
     retry = {} if problem.retry_after_s is None else {"Retry-After": str(problem.retry_after_s)}
-    return JSONResponse(
-        problem.model_dump(mode="json", exclude_none=True),
+    return Response(
+        problem.model_dump_json(exclude_none=True),  # quick: a batch's may list thousands of mistakes
         status_code=problem.status,
         media_type=PROBLEM_MEDIA_TYPE,
         headers={**(headers or {}), **retry},

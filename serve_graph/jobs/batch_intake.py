@@ -78,7 +78,7 @@ class Intake:
         try:
             async for sent in requests:
                 if total == MAX_BATCH_REQUESTS:
-                    raise _about_all(f"at most {MAX_BATCH_REQUESTS} of them")
+                    raise too_many()
                 if isinstance(sent, GenerateRequest):
                     await self._take(total, sent)
                 else:
@@ -92,7 +92,7 @@ class Intake:
                 task.cancel()
             await asyncio.gather(*self._checks, return_exceptions=True)
         if total == 0:
-            raise _about_all("at least one")
+            raise InvalidRequest([FieldError(field="requests", message="must hold at least one")])
         if self._errors:
             raise InvalidRequest([error for _, errors in sorted(self._errors.items()) for error in errors])
         return Taken(total, self._items.getvalue(), self._digest.hexdigest())
@@ -138,5 +138,7 @@ def _placed(index: int, error: FieldError) -> FieldError:
     return FieldError(field=field, message=message, nearest=error.nearest)
 
 
-def _about_all(legal: str) -> InvalidRequest:
-    return InvalidRequest([FieldError(field="requests", message=f"must be {legal}", legal=legal)])
+def too_many() -> InvalidRequest:
+    """Refuses a batch for its length."""
+    legal = f"at most {MAX_BATCH_REQUESTS}"
+    return InvalidRequest([FieldError(field="requests", message=f"must hold {legal}", legal=legal)])

@@ -6,6 +6,7 @@ process claimed is looked at until its end is on record, as one of its own is un
 """
 
 import asyncio
+import contextvars
 import hashlib
 import hmac
 import re
@@ -134,6 +135,7 @@ class Batches:
         self._running: dict[str, RunningBatch] = {}
         self._submitting: Counter[str] = Counter()
         self._service: Counter[str] = Counter()
+        self._creating: set[asyncio.Task[str]] = set()
         self._fetching: set[str] = set()
         self._refused: set[str] = set()
         self._orphans: dict[str, float] = {}
@@ -169,7 +171,7 @@ class Batches:
             taken = await intake.take(requests)
             if known is None:
                 manifest = self._manifest(batch_id, taken, request_id, principal, webhook_url, idempotency_key)
-                known = await self._create(manifest, taken)
+                known = await self._commit(manifest, taken)
         finally:
             self._submitting[principal.name] -= 1
         if known != hashlib.sha256(f"{taken.digest}\n{webhook_url}".encode()).hexdigest():
@@ -286,6 +288,11 @@ class Batches:
             raise JobGone from error
 
     # What the job service asks for
+
+    async def committed(self) -> None:
+        """Wait until no manifest is being written."""
+        while self._creating:
+            await asyncio.wait(list(self._creating))
 
     def next_job(self) -> LiveJob | None:
         """The next job to begin: of the principal, and then of the batch, that got the least so far.
@@ -417,6 +424,27 @@ class Batches:
             webhook_url=webhook_url,
         )
 
+    async def _commit(self, manifest: BatchManifest, taken: Taken) -> str:
+        """As `_create`, which goes on where the client goes away: a write can't be stopped."""
+        # An empty context: Serve cancels what runs in a request's context when its client goes away.
+        creating = asyncio.create_task(self._create(manifest, taken), context=contextvars.Context())
+        self._creating.add(creating)
+        creating.add_done_callback(self._creating.discard)
+        try:
+            return await asyncio.shield(creating)
+        except asyncio.CancelledError:
+            if not manifest.idempotent:  # nobody will learn of this batch
+                creating.add_done_callback(lambda _: self._jobs.spawn(self._abandon(manifest.batch_id)))
+            raise
+
+    async def _abandon(self, batch_id: str) -> None:
+        batch = self._running.get(batch_id)
+        try:
+            if batch is not None:
+                await self._see_cancelled(batch, await self._recorder.io(self._records.cancel, batch_id))
+        except WanError as failure:  # the store is away: the batch runs
+            log_failure("batch_abandon_failed", failure)
+
     async def _create(self, manifest: BatchManifest, taken: Taken) -> str:
         """Write the manifest and begin. Returns the digest of what is there then."""
         try:
@@ -456,10 +484,10 @@ class Batches:
         if await self._recorder.io(self._records.summary, batch_id) is not None:
             await self._recorder.io(self._records.deactivate, head)
             return
-        if head.model != self._model:
+        cancel = await self._recorder.io(self._records.cancelled, batch_id)
+        if head.model != self._model and cancel is None:  # left to services that have this model
             return
         ends = await self._lines.ends(batch_id)
-        cancel = await self._recorder.io(self._records.cancelled, batch_id)
         done = await self._recorder.io(self._records.done, batch_id)
         if batch_id not in self._running:
             log_event("batch_adopted", batch_id=batch_id, request_id=head.request_id)

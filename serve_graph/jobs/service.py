@@ -35,10 +35,11 @@ from schemas.errors import (
     QueueFull,
     QuotaExceeded,
     ShuttingDown,
+    StoreUnavailable,
     WanError,
 )
 from schemas.health import LastError, QueueHealth
-from schemas.jobs import Job, JobPage, JobRecord, JobState, RenderedClip, job_id_from, job_id_of, new_job_id
+from schemas.jobs import Job, JobPage, JobRecord, JobState, RenderedClip, item_of, job_id_from, job_id_of, new_job_id
 from schemas.model_profile import ModelProfile
 from schemas.requests import GenerateRequest, GenerationParameters, url_ttl
 from serve_graph.api_keys import NOBODY, Principal
@@ -46,7 +47,7 @@ from serve_graph.jobs.attempts import Attempts
 from serve_graph.jobs.batch_intake import Sent
 from serve_graph.jobs.batches import Batches
 from serve_graph.jobs.census import Census
-from serve_graph.jobs.following import Followers
+from serve_graph.jobs.following import LOOK_INTERVAL_S, Followers
 from serve_graph.jobs.limits import Patiences, QueueLimits
 from serve_graph.jobs.live import LiveJob
 from serve_graph.jobs.recording import Lost, Recorder
@@ -109,7 +110,7 @@ class JobService:
         self._live: dict[str, LiveJob] = {}
         self._waiting: dict[str, LiveJob] = {}
         self._dispatched = 0
-        self._batch_jobs = 0
+        self._of_batches: set[str] = set()
         self._since_batch = 0
         self._census = Census()
         self._creating: dict[str, asyncio.Task[None]] = {}
@@ -212,18 +213,11 @@ class JobService:
         webhook_url: str | None = None,
         idempotency_key: str | None = None,
     ) -> Batch:
-        """Check all requests and commit them as one batch. See `Batches.submit`; ShuttingDown at a stop.
-
-        Whoever is cancelled meanwhile leaves a batch only if it has a key to ask for it again.
-        """
+        """Check all requests and commit them as one batch. See `Batches.submit`; ShuttingDown at a stop."""
         self._refuse_if_draining()
-        submitting = asyncio.create_task(
-            self.batches.submit(
-                requests, request_id, principal, webhook_url=webhook_url, idempotency_key=idempotency_key
-            ),
-            context=contextvars.Context(),
+        return await self.batches.submit(
+            requests, request_id, principal, webhook_url=webhook_url, idempotency_key=idempotency_key
         )
-        return await submitting
 
     async def wait(self, job_id: str, principal: Principal = NOBODY) -> Clip:
         """Wait for a job to end, whoever runs it. Raises the problem it ended with; ShuttingDown at a stop."""
@@ -354,6 +348,7 @@ class JobService:
         self._draining = True
         while self._creating:
             await asyncio.wait(list(self._creating.values()))
+        await self.batches.committed()
         for live in [live for live in self._waiting.values() if live.waiters == 0]:
             self._leave(live)
         tasks = self._tasks()
@@ -508,12 +503,12 @@ class JobService:
         Jobs of batches leave one place under way to others, which then don't wait behind a whole row of them.
         """
         live = None
-        room = self._batch_jobs < max(1, self._limits.max_dispatched_jobs - 1)
+        room = len(self._of_batches) < max(1, self._limits.max_dispatched_jobs - 1)
         if room and not self._draining and (not self._waiting or self._since_batch + 1 >= BATCH_TURN):
             live = self.batches.next_job()
         if live is not None:
             self._since_batch = 0
-            self._batch_jobs += 1
+            self._of_batches.add(live.job_id)
             self._live[live.job_id] = live
             self._census.came(live)
         elif self._waiting:
@@ -558,6 +553,7 @@ class JobService:
         """This process has the job no longer in hand."""
         del self._live[live.job_id]
         self._waiting.pop(live.job_id, None)
+        self._of_batches.discard(live.job_id)
         self._census.went(live)
         self.batches.went(live)
         live.ended.set()
@@ -693,12 +689,36 @@ class JobService:
                         yield record, live
                 if not live.lost:
                     return
+                continue
+            async with aclosing(self._changes_unbegun(job_id, principal)) as unbegun:
+                async for record in unbegun:
+                    yield record, None
+                    if record.state.is_terminal:
+                        return
+            if job_id in self._live or self._drained.is_set():
+                continue
+            async with aclosing(self._changes_elsewhere(job_id, principal)) as elsewhere:
+                async for record in elsewhere:
+                    yield record, None
+            if record.state.is_terminal:
+                return
+
+    async def _changes_unbegun(self, job_id: str, principal: Principal) -> AsyncGenerator[JobRecord, None]:
+        """What there is to say of a batch's job before it has a record. Ends once it has one, or at a stop."""
+        shown = None
+        while item_of(job_id) is not None and job_id not in self._live and not self._drained.is_set():
+            try:
+                record, etag = await self._read(job_id, principal)
+            except StoreUnavailable:
+                if shown is None:
+                    raise
             else:
-                async with aclosing(self._changes_elsewhere(job_id, principal)) as elsewhere:
-                    async for record in elsewhere:
-                        yield record, None
-                if record.state.is_terminal:
+                if etag is not None:
                     return
+                if record.state is not shown:
+                    shown = record.state
+                    yield record
+            await asyncio.sleep(LOOK_INTERVAL_S)
 
     @staticmethod
     async def _changes_here(live: LiveJob) -> AsyncGenerator[JobRecord, None]:
