@@ -20,7 +20,7 @@
     ├── UrlExpired              403  url-expired
     ├── RangeNotSatisfiable     416  range-not-satisfiable
     ├── QueueFull               429  queue-full           Retry-After
-    ├── QuotaExceeded           429  quota-exceeded       this API key has as many jobs or batches as it may; Retry-After
+    ├── QuotaExceeded           429  quota-exceeded       as many jobs or batches of this API key as may; Retry-After
     ├── RateLimited             429  rate-limited         this API key's requests per minute; Retry-After
     ├── JobCancelled            409  job-cancelled
     ├── Unavailable             503  unavailable

@@ -9,6 +9,7 @@ import asyncio
 import contextvars
 import hashlib
 import hmac
+import itertools
 import re
 import time
 from array import array
@@ -20,7 +21,16 @@ from datetime import UTC, datetime
 from secrets import token_hex
 from typing import Any, Final, Protocol
 
-from schemas.batches import Batch, BatchCancel, BatchCounts, BatchManifest, BatchPage, BatchResult, BatchState, BatchSummary
+from schemas.batches import (
+    Batch,
+    BatchCancel,
+    BatchCounts,
+    BatchManifest,
+    BatchPage,
+    BatchResult,
+    BatchState,
+    BatchSummary,
+)
 from schemas.errors import (
     BatchGone,
     BatchNotFound,
@@ -235,7 +245,7 @@ class Batches:
         possible = iter([index for index in places if self._may_be_in(states, batch_id, index, seen)])
         found: list[tuple[int, JobRecord]] = []
         while len(found) <= limit:
-            window = [index for index, _ in zip(possible, range(READS_AHEAD), strict=False)]
+            window = list(itertools.islice(possible, READS_AHEAD))
             if not window:
                 break
             read = await asyncio.gather(*(self._item(head, index, seen) for index in window))

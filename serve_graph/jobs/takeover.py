@@ -73,9 +73,7 @@ class Sweeper:
     model: jobs of other models are left to services that have these.
     """
 
-    def __init__(
-        self, recorder: Recorder, patiences: Patiences, *, model: str, jobs: Jobs, batches: Batches
-    ) -> None:
+    def __init__(self, recorder: Recorder, patiences: Patiences, *, model: str, jobs: Jobs, batches: Batches) -> None:
         self._recorder = recorder
         self._records = recorder.records
         self._patiences = patiences
