@@ -104,7 +104,7 @@ async def _json_body(stream: AsyncIterator[bytes], profile: ModelProfile) -> Bat
     scanner.end()
     if raw is None:
         raise InvalidRequest([FieldError(field="requests", message="is missing")])
-    defaults = fields.pop("defaults", None) or {}
+    defaults = fields.pop("defaults", {})
     webhook_url = fields.pop("webhook_url", None)
     unknown = [FieldError(field=name[:64], message="is not a field of this request") for name in list(fields)[:32]]
     errors = [*unknown, *_errors_of_defaults(defaults, profile), *_errors_of_webhook(webhook_url, profile)]

@@ -118,6 +118,7 @@ async def test_thousands_of_bad_lines_are_all_named(api: Api) -> None:
         (b'{"requests": [null, 1, {}]}', ["requests.0", "requests.1", "requests.2.prompt"]),
         (b'{"requests": [{"prompt": "x"}], "colour": 1}', ["colour"]),
         (b'{"requests": [{"prompt": "x"}], "defaults": 7}', ["defaults"]),
+        (b'{"requests": [{"prompt": "x"}], "defaults": null}', ["defaults"]),
         (b'{"requests": [{"prompt": "x"}], "defaults": {"prompt": "y"}}', ["defaults.prompt"]),
         (b'{"requests": [{"prompt": "x"}], "defaults": {"colour": 1}}', ["defaults.colour"]),
         (b'{"requests": [{"prompt": "x"}], "webhook_url": "nowhere"}', ["webhook_url"]),
