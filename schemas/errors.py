@@ -28,6 +28,7 @@
     │   ├── ShuttingDown        503  shutting-down        Retry-After
     │   ├── StoreUnavailable    503  store-unavailable    Retry-After
     │   └── WorkerLost          503  worker-lost          the process that rendered it went away; Retry-After
+    ├── DeadlineExceeded        504  deadline-exceeded    not done when the request's own deadline came
     ├── StoreFull               507  store-full
     ├── RunTimeExceeded         504  run-time-exceeded    the job ran for longer than a job may
     ├── OutOfMemory             500  out-of-memory        this job alone did not fit
@@ -417,6 +418,21 @@ class StoreUnavailable(Unavailable):
 class WorkerLost(Unavailable):
     name = "worker-lost"
     title = "The worker that rendered this job went away"
+
+
+class DeadlineExceeded(WanError):
+    """The request said after how many seconds its clip would be of no use."""
+
+    name = "deadline-exceeded"
+    title = "The job missed its deadline"
+    status = 504
+
+    def __init__(self, deadline_s: float) -> None:
+        Exception.__init__(self, deadline_s)
+
+    @property
+    def detail(self) -> str:
+        return f"the clip was not done within the request's deadline_s of {self.args[0]:g}"
 
 
 class StoreFull(WanError):

@@ -1,13 +1,14 @@
 """What the preprocessor hands to the generator, and what the generator streams back."""
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from schemas.jobs import Progress, RenderedClip
-from schemas.requests import GenerationParameters
+from schemas.requests import GenerationParameters, Priority
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,21 @@ class PreparedPrompt:
 
 
 @dataclass(frozen=True)
+class Standing:
+    """Whose turn a job's is among others, in durations: no two processes share a clock. See `serve_graph.scheduling`.
+
+    waited_s: since its submission. overdue_in_s: until it goes before all that are not overdue; negative once it does.
+    deadline_left_s: until the clip is of no use. fair_start: a batch item's place among those of other batches.
+    """
+
+    priority: Priority = "normal"
+    waited_s: float = 0.0
+    overdue_in_s: float = inf
+    deadline_left_s: float = inf
+    fair_start: float | None = None
+
+
+@dataclass(frozen=True)
 class RenderTask:
     """All that the generator needs for one attempt at one clip."""
 
@@ -51,6 +67,7 @@ class RenderTask:
     request_id: str
     clip_key: str
     parameters: GenerationParameters
+    standing: Standing = Standing()
 
 
 @dataclass(frozen=True)

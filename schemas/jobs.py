@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from schemas.clips import Clip, Timings
 from schemas.errors import Problem
 from schemas.requests import GenerateRequest, GenerationParameters
+from schemas.webhooks import WebhookDelivery, WebhookState
 
 ANONYMOUS: Final = "anonymous"
 """The owner of jobs made where no API key was asked for."""
@@ -70,7 +71,11 @@ TRANSITIONS: Final[dict[JobState, frozenset[JobState]]] = {
 
 
 class RenderedClip(BaseModel):
-    """What the generator hands back: where the bytes are and what they are. The bytes never cross a handle."""
+    """What the generator hands back: where the bytes are and what they are. The bytes never cross a handle.
+
+    denoise_device_s, decode_device_s: seconds that the device worked on this job, its part of shared forwards; the
+    timings of the two stages also hold the turns of other jobs. 0 in records of before they were kept.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -78,6 +83,8 @@ class RenderedClip(BaseModel):
     size_bytes: int
     sha256: str
     timings: Timings
+    denoise_device_s: float = 0.0
+    decode_device_s: float = 0.0
 
 
 class Progress(BaseModel):
@@ -128,6 +135,7 @@ class JobRecord(BaseModel):
     prompt_hash: str
     result: RenderedClip | None = None
     error: Problem | None = None
+    webhook: WebhookDelivery | None = Field(default=None, description="Of the job's end, where that is to be told.")
 
     @model_validator(mode="before")
     @classmethod
@@ -140,6 +148,11 @@ class JobRecord(BaseModel):
     @property
     def clip_id(self) -> str:
         return clip_id_of(self.job_id)
+
+    @property
+    def awaits_webhook(self) -> bool:
+        """Whether the job's end has still to be told."""
+        return self.webhook is not None and self.webhook.state == "waiting"
 
 
 class Tombstone(BaseModel):
@@ -178,6 +191,7 @@ class Job(BaseModel):
     progress: Progress | None = Field(default=None, description="While it runs.")
     clip: Clip | None = Field(default=None, description="Once it succeeded.")
     error: Problem | None = Field(default=None, description="Once it failed or was cancelled.")
+    webhook: WebhookState | None = Field(default=None, description="How far `webhook_url` was told, once it ended.")
 
 
 class JobPage(BaseModel):

@@ -165,21 +165,22 @@ class ModelProfile(BaseModel):
             if fps is None:
                 return None
             wanted = request.duration * fps + 1
-            legal = [n for n in self._frame_counts() if abs(n - wanted) < 1e-6]
+            legal = [n for n in self.frame_counts() if abs(n - wanted) < 1e-6]
             if not legal:
-                seconds = tuple((n - 1) / fps for n in nearest_values(wanted, self._frame_counts()))
+                seconds = tuple((n - 1) / fps for n in nearest_values(wanted, self.frame_counts()))
                 reason = f"{request.duration:g} s at {fps} fps is not a legal length"
                 errors.append(self._refusal("duration", reason, seconds))
                 return None
             return legal[0]
         num_frames = _or(request.num_frames, self.defaults.num_frames)
-        if num_frames not in self._frame_counts():
-            nearest = nearest_values(num_frames, self._frame_counts())
+        if num_frames not in self.frame_counts():
+            nearest = nearest_values(num_frames, self.frame_counts())
             errors.append(self._refusal("num_frames", f"{num_frames} is not legal", nearest))
             return None
         return num_frames
 
-    def _frame_counts(self) -> range:
+    def frame_counts(self) -> range:
+        """All legal `num_frames`."""
         return range(self.min_num_frames, self.max_num_frames + 1, TEMPORAL_STRIDE)
 
 

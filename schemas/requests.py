@@ -1,7 +1,7 @@
 """What a client may send, and what it means once the model's profile has had its say."""
 
 from datetime import timedelta
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
@@ -14,6 +14,11 @@ MAX_SEED = 2**53 - 1
 MIN_URL_TTL_S = 1
 MAX_URL_TTL_S = 7 * 24 * 3600
 """S3's own bounds for a presigned URL."""
+
+MAX_DEADLINE_S = 7 * 24 * 3600
+
+Priority = Literal["low", "normal", "high"]
+"""A class: among jobs that have not waited for too long, any of a higher one goes before all of a lower."""
 
 
 def _without_nul(text: str) -> str:
@@ -54,6 +59,7 @@ class GenerateRequest(BaseModel):
             "examples": [
                 {"prompt": "a red circle moving left"},
                 {"prompt": "a red circle moving left", "duration": 1, "seed": 7, "url_ttl_s": 600},
+                {"prompt": "a red circle moving left", "priority": "high", "deadline_s": 60},
             ]
         },
     )
@@ -89,6 +95,14 @@ class GenerateRequest(BaseModel):
         default=None,
         description=f"Gets a signed POST once the job ended; at most {MAX_WEBHOOK_URL_CHARS} characters.",
         examples=["https://example.com/hook"],
+    )
+    priority: Priority = Field(default="normal", description="Jobs of a higher class go first.")
+    deadline_s: Float | None = Field(
+        default=None,
+        gt=0,
+        le=MAX_DEADLINE_S,
+        description="Seconds from submission after which the clip is of no use: the job then fails. "
+        "Jobs with a near deadline go first within their class.",
     )
 
     @model_validator(mode="after")

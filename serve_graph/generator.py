@@ -55,6 +55,7 @@ class Generator:
             max_batch_tokens=settings.engine.max_batch_tokens,
             text_length=profile.max_sequence_length,
             hang_timeout_s=settings.engine.hang_timeout_s,
+            policy=settings.queue.policy,
         )
         self._engine = Engine(parts, limits, self._metrics, _log_failure)
         self._renderer = Renderer(

@@ -19,8 +19,9 @@ from serve_graph.logs import configure_logging
 from serve_graph.metrics import IngressMetrics, merge, new_registry, snapshot
 from serve_graph.niceness import step_back
 from serve_graph.ray_worker import RayWorker
-from serve_graph.settings import Settings, accepted_keys
+from serve_graph.settings import Settings, accepted_keys, webhook_signer
 from serve_graph.stores import open_signed_store
+from serve_graph.webhooks.sender import WebhookSender
 from storage.job_records import JobRecords
 
 STORE_THREADS = 16
@@ -44,16 +45,23 @@ class Ingress:
         self._metrics = IngressMetrics(self._registry)
         executor = ThreadPoolExecutor(max_workers=STORE_THREADS, thread_name_prefix="wan-store")
         opened = open_signed_store(settings)
+        signer = webhook_signer()
+        self._webhooks = None
+        if signer is not None:
+            policy = settings.webhooks.policy(can_sign=True)
+            self._webhooks = WebhookSender(policy, signer, self._metrics, timeout=settings.webhooks.timeout)
         self._jobs = JobService(
             profile=settings.profile,
             worker=self._worker,
             records=JobRecords(opened.store),
             presigner=opened.presigner,
             limits=QueueLimits(
-                settings.queue.max_waiting_jobs,
-                settings.max_dispatched_jobs,
-                settings.engine.max_clip_pixels,
-                settings.queue.max_batches,
+                max_waiting_jobs=settings.queue.max_waiting_jobs,
+                max_dispatched_jobs=settings.max_dispatched_jobs,
+                max_clip_pixels=settings.engine.max_clip_pixels,
+                policy=settings.queue.policy,
+                max_stretch=settings.queue.max_stretch,
+                max_batches=settings.queue.max_batches,
             ),
             patiences=Patiences(
                 worker_s=settings.queue.worker_patience_s,
@@ -67,6 +75,8 @@ class Ingress:
             metrics=self._metrics,
             executor=executor,
             clip_retention=settings.storage.clip_retention,
+            webhook_policy=settings.webhooks.policy(can_sign=signer is not None),
+            webhook_sender=self._webhooks,
         )
         self._health = HealthMonitor(settings, self._worker, opened.store, self._jobs, executor)
         self._signed_clips = None if opened.local is None else SignedClips(opened.local, executor)
@@ -82,6 +92,7 @@ class Ingress:
             authenticator=self._authenticator,
             cors_origins=self._settings.cors_origins,
             signed_clips=self._signed_clips,
+            clip_retention=self._settings.storage.clip_retention,
             while_running=self._running,
         )
 
@@ -93,6 +104,8 @@ class Ingress:
         """Refuse new jobs and let the others end, within the configured limit."""
         self._health.draining = True
         await self._jobs.drain(self._settings.queue.drain_timeout_s)
+        if self._webhooks is not None:
+            self._webhooks.close()
 
     @asynccontextmanager
     async def _running(self) -> AsyncIterator[None]:

@@ -28,7 +28,7 @@ from serve_graph.niceness import step_back
 CALLBACK = "serve_graph.proxy:proxy_middlewares"
 
 OUR_ERROR_TYPES = frozenset({PROBLEM_MEDIA_TYPE, "application/json"})
-"""What the application's errors are: problem documents, and the state that `/health` tells with its 503."""
+"""What the application's errors are: problem documents, OpenAI's under `/v1/`, and `/health`'s state with its 503."""
 
 RETRY_AFTER_S = 5
 
@@ -69,7 +69,7 @@ class ProblemAnswers:
             nonlocal started
             started = True
             request_id = request_id_of(Headers(scope=scope).get(REQUEST_ID_HEADER))
-            response = problem_response(proxy_problem(status, request_id), {REQUEST_ID_HEADER: request_id})
+            response = problem_response(scope, proxy_problem(status, request_id), {REQUEST_ID_HEADER: request_id})
             if scope["method"] == "HEAD":
                 response.body = b""  # its length stays in the headers
             await response(scope, receive, send)

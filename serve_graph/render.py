@@ -229,7 +229,7 @@ class Renderer:
             with suppress(RuntimeError):  # the loop is closed, so nobody listens any more
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        self._engine.submit(EngineJob(task.job_id, task.parameters, prompt, encoder, tell))
+        self._engine.submit(EngineJob(task.job_id, task.parameters, prompt, encoder, tell, task.standing))
         while True:
             event = await events.get()
             if isinstance(event, Failed):
@@ -259,6 +259,8 @@ class Renderer:
                 encode=encoded.encode_s,
                 upload=time.monotonic() - began,
             ),
+            denoise_device_s=finished.denoise_device_s,
+            decode_device_s=finished.decode_device_s,
         )
 
     async def _put(self, task: RenderTask, path: Path) -> None:

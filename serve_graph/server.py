@@ -4,12 +4,11 @@ Ray is imported only after the environment that pins it is set.
 """
 
 import asyncio
-import errno
+import json
 import logging
 import os
 import secrets
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -26,6 +25,7 @@ from pydantic import BaseModel, ValidationError
 from schemas.errors import ModelNotReady, WanError
 from serve_graph.logs import configure_logging, log_event
 from serve_graph.niceness import RAY_WORKER_NICENESS
+from serve_graph.open_ports import refused_port
 from serve_graph.proxy import CALLBACK
 from serve_graph.settings import ConfigError, Settings, accepted_keys, read_settings, webhook_signer
 from serve_graph.stores import prepare_store
@@ -113,8 +113,8 @@ def _http_options(path: Path, raw: dict[str, Any], host: str | None, port: int |
     return http
 
 
-def serve_forever(config: ServeConfig) -> None:
-    """Start, say when ready, and serve until SIGINT or SIGTERM. Raises ConfigError, StartFailed."""
+def serve_forever(config: ServeConfig, *, as_json: bool = False) -> None:
+    """Start, say when ready in a line on stdout, serve until SIGINT or SIGTERM. Raises ConfigError, StartFailed."""
     _check_port(config.host, config.port)
     _check_model(config.settings)
     configure_logging(level=config.settings.log_level)
@@ -129,17 +129,20 @@ def serve_forever(config: ServeConfig) -> None:
             try:
                 _deploy(schema, config.app_name, stopping)
                 if not stopping.is_set():
-                    base = config.settings.public_url
-                    print(
-                        f"ready in {time.monotonic() - began:.1f} s: {base}  docs {base}/docs  "
-                        f"health {base}/health  metrics {base}/metrics",
-                        flush=True,
-                    )
+                    _tell_ready(config.settings.require_public_url(), time.monotonic() - began, as_json)
                     stopping.wait()
             finally:
                 log_event("stopping")
                 _stop(config)
     log_event("stopped")
+
+
+def _tell_ready(base: str, start_s: float, as_json: bool) -> None:
+    places = {name: f"{base}/{name}" for name in ("docs", "health", "metrics")}
+    if as_json:
+        print(json.dumps({"ready": base, "start_s": round(start_s, 1), **places}), flush=True)
+    else:
+        print(f"ready in {start_s:.1f} s: {base}  " + "  ".join(f"{n} {url}" for n, url in places.items()), flush=True)
 
 
 def check_schema(raw: dict[str, Any]) -> "ServeDeploySchema":
@@ -189,16 +192,9 @@ def _check_store(settings: Settings) -> None:
 
 def _check_port(host: str, port: int) -> None:
     """Serve's proxy would share a taken port silently (SO_REUSEPORT), so look first."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise StartFailed(f"can't listen on port {port} of {host}: {error.strerror}") from error
-            raise StartFailed(
-                f"port {port} on {host} is taken: stop what listens there, or choose another with --port"
-            ) from error
+    reason = refused_port(host, port)
+    if reason is not None:
+        raise StartFailed(f"port {port} on {host} {reason}: stop what listens there, or choose another with --port")
 
 
 @contextmanager

@@ -17,11 +17,17 @@ from schemas.model_profile import ModelProfile
 from schemas.official_profiles import PROFILES
 from schemas.requests import MAX_URL_TTL_S, MIN_URL_TTL_S
 from serve_graph.api_keys import ApiKeys, InvalidApiKeys
+from serve_graph.scheduling import Policy
 from serve_graph.webhooks.policy import WebhookPolicy
 from serve_graph.webhooks.signing import InvalidWebhookSecret, WebhookSigner
 from storage.s3_options import S3Options
 
 ENV_PREFIX = "WAN_"
+URL_VARIABLE = "WAN_URL"
+API_KEY_VARIABLE = "WAN_API_KEY"
+CLIENT_NAMES = frozenset({URL_VARIABLE, API_KEY_VARIABLE})
+"""Read by `wan-serve`'s commands that talk to a service; the service itself lets them be."""
+
 SECRET_NAMES = frozenset(
     {
         *("WAN_SIGNING_SECRET", "WAN_API_KEYS", "WAN_WEBHOOK_SECRET"),
@@ -99,8 +105,16 @@ class StorageSettings(_Section):
 
 
 class QueueSettings(_Section):
-    """Admission: who may wait, and how many are under way."""
+    """Admission: who may wait, how many are under way, and whose turn it is."""
 
+    policy: Policy = Field(
+        default="srpt", description="Whose turn it is: `srpt`, shortest remaining work first in each class, or `fifo`."
+    )
+    max_stretch: float = Field(
+        default=1.5,
+        ge=1,
+        description="`srpt`: a job that would take longer than so many times its time under `fifo` goes before others.",
+    )
     max_waiting_jobs: int = Field(default=256, ge=1, description="Beyond it, requests get a 429.")
     prefetch: int = Field(
         default=2, ge=0, description="Jobs handed to the generator beyond its slots, so that it never idles."
@@ -319,7 +333,7 @@ def read_settings(args: Mapping[str, Any], public_url: str | None = None) -> Set
 def _refuse_unknown_variables() -> None:
     """A section's variable has a second part, which the section itself checks; any other has none."""
     for name in os.environ:
-        if not name.upper().startswith(ENV_PREFIX) or name.upper() in SECRET_NAMES:
+        if not name.upper().startswith(ENV_PREFIX) or name.upper() in SECRET_NAMES | CLIENT_NAMES:
             continue
         first, *rest = name.lower().removeprefix(ENV_PREFIX.lower()).split("__")
         field = Settings.model_fields.get(first)

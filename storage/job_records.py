@@ -17,9 +17,10 @@ from typing import Final, NamedTuple, TypedDict, Unpack
 
 from pydantic import BaseModel, ValidationError
 
-from schemas.errors import InternalError, JobNotFound, Problem
+from schemas.errors import InternalError, JobCancelled, JobNotFound, Problem
 from schemas.jobs import TRANSITIONS, JobRecord, JobState, Lease, RenderedClip, Tombstone, item_of
 from schemas.requests import GenerateRequest
+from schemas.webhooks import WebhookDelivery
 from storage.keys import (
     active_key,
     active_prefix,
@@ -100,6 +101,7 @@ class JobChanges(TypedDict, total=False):
     cancel_requested: bool
     result: RenderedClip | None
     error: Problem | None
+    webhook: WebhookDelivery | None
 
 
 class ActiveEntry(NamedTuple):
@@ -131,7 +133,7 @@ class JobRecords:
 
     def create(self, record: JobRecord) -> str:
         """Write a new record. Returns its ETag. Raises PreconditionFailed when the id has one already."""
-        if record.batch_id is not None:  # the batch has an entry for all of its jobs
+        if record.batch_id is not None and record.request.webhook_url is None:  # the batch's entry stands for it
             return self._store.put(job_key(record.job_id), _encode(record), if_none_match=True).etag
         key, began = active_key(record.principal, entry_of(record)), time.monotonic()
         self._store.put(key, b"")
@@ -171,6 +173,13 @@ class JobRecords:
             raise IllegalTransition(record.state, to_state)
         return record.model_copy(update={**changes, "state": to_state, "at": {**record.at, to_state: self._now()}})
 
+    def cancelled(self, record: JobRecord) -> JobRecord:
+        """The record of a job that is cancelled where nobody works on it. Writes nothing. Raises IllegalTransition."""
+        url = record.request.webhook_url
+        webhook = None if url is None else WebhookDelivery(url=url)
+        error = JobCancelled().problem(job_id=record.job_id)
+        return self.moved(record, JobState.CANCELLED, lease=None, error=error, webhook=webhook)
+
     @staticmethod
     def amended(record: JobRecord, **changes: Unpack[JobChanges]) -> JobRecord:
         """The record with something else changed than its state. Writes nothing."""
@@ -185,6 +194,8 @@ class JobRecords:
         Raises PreconditionFailed: another process changed or deleted the record meanwhile. Nothing was written.
         """
         try:
+            if etag is None and isinstance(changed, JobRecord):
+                return self.create(changed)
             key, body = job_key(changed.job_id), _encode(changed)
             return self._store.put(key, body, if_match=etag, if_none_match=etag is None).etag
         except PreconditionFailed:
@@ -203,13 +214,17 @@ class JobRecords:
         return moved, self.write(moved, etag)
 
     def file_as_done(self, record: JobRecord) -> None:
-        """Give an ended job its place among the ended ones. Doing it twice changes nothing."""
-        if item_of(record.job_id) is not None:
+        """Give an ended job its place among the ended ones; it stays active until its webhook is done.
+
+        Doing it twice changes nothing.
+        """
+        item, entry = item_of(record.job_id), entry_of(record)
+        if item is None:
+            self._store.put(done_key(record.principal, record.state, entry), b"")
+        else:
             self.file_item(record.job_id, record.state)
-            return
-        entry = entry_of(record)
-        self._store.put(done_key(record.principal, record.state, entry), b"")
-        self._store.delete(active_key(record.principal, entry))
+        if not record.awaits_webhook and (item is None or record.webhook is not None):
+            self._store.delete(active_key(record.principal, entry))
 
     def file_item(self, job_id: str, state: JobState) -> None:
         """Give an ended job of a batch its place among the batch's ended ones. Doing it twice changes nothing."""
@@ -252,7 +267,7 @@ class JobRecords:
         for key in self._clips(tombstone.job_id):
             self._store.delete(key)
         if item_of(tombstone.job_id) is None:
-            entry = index_entry(tombstone.created_at, tombstone.job_id)
+            entry = entry_of(tombstone)
             for state in ENDS:
                 self._store.delete(done_key(tombstone.principal, state, entry))
             self._store.delete(active_key(tombstone.principal, entry))
@@ -291,13 +306,15 @@ class JobRecords:
 
     def _entries_of(self, prefix: str, after: str | None, limit: int) -> Iterator[str]:
         start = None if after is None else start_after_entry(prefix, after)
-        for stat in itertools.islice(self._listed(prefix, start), limit):
+        for stat in itertools.islice(self._listed(prefix, start, page_size=min(limit, MAX_LIST_LIMIT)), limit):
             with suppress(InvalidKey):
                 yield entry_of_key(stat.key)
 
-    def _listed(self, prefix: str, start_after: str | None = None) -> Iterator[ObjectStat]:
+    def _listed(
+        self, prefix: str, start_after: str | None = None, page_size: int = MAX_LIST_LIMIT
+    ) -> Iterator[ObjectStat]:
         while True:
-            page = self._store.list(prefix, start_after=start_after, limit=MAX_LIST_LIMIT)
+            page = self._store.list(prefix, start_after=start_after, limit=page_size)
             yield from page.stats
             if page.next_after is None:
                 return
@@ -319,7 +336,7 @@ def request_digest(job_id: str, request: GenerateRequest) -> str:
     return hashlib.sha256(f"{job_id}\n{request.model_dump_json()}".encode()).hexdigest()
 
 
-def entry_of(record: JobRecord) -> str:
+def entry_of(record: JobRecord | Tombstone) -> str:
     """What an index lists this job as. Another entry with its id is left of a submission that was cut short."""
     return index_entry(record.created_at, record.job_id)
 

@@ -2,6 +2,7 @@
 
 jobs/{job_id}.json                              a job's record, or its tombstone
 clips/{clip_id}/{attempt_token}.mp4             the clip that one attempt at the job made
+clips/{clip_id}/{attempt_token}.jpg             its first frame, once somebody has asked for it
 active/{principal}/{time}-{id}                  a job or batch that somebody has to see to, until it is done
 done/{principal}/{state}/{t}/{im}/{e}-{job_id}  a job that has ended, until it is forgotten
 batches/{batch_id}/manifest.jsonl               what a batch is made of
@@ -30,6 +31,7 @@ _SEGMENT = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"
 _KEY: Final = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT})*")
 _JOB_ID: Final = re.compile(rf"job_{ID_PATTERN}")
 _CLIP: Final = re.compile(rf"clips/(clip_{ID_PATTERN})/([A-Za-z0-9_-]{{1,64}})\.mp4")
+_OUTPUT: Final = re.compile(rf"clips/(clip_{ID_PATTERN})/([A-Za-z0-9_-]{{1,64}}\.(?:mp4|jpg))")
 _BATCH_ID: Final = re.compile(BATCH_ID_PATTERN)
 _ENTRY: Final = re.compile(rf"[0-9a-f]{{11}}-(?:job_{ID_PATTERN}|{BATCH_ID_PATTERN})")
 _ITEM_RECORD: Final = re.compile(r"jobs/job_[0-9a-f]{32}-([0-9]{5})\.json")
@@ -43,6 +45,13 @@ class ClipName(NamedTuple):
 
     clip_id: str
     attempt_token: str
+
+
+class OutputName(NamedTuple):
+    """What the key of a clip, or of what lies beside it, says. name: the key's last segment."""
+
+    clip_id: str
+    name: str
 
 
 def check_key(key: str) -> str:
@@ -71,6 +80,28 @@ def clip_key(clip_id: str, attempt_token: str) -> str:
     if parse_clip_key(key) != (clip_id, attempt_token):
         raise InvalidKey
     return key
+
+
+def thumbnail_key(of_clip: str) -> str:
+    """The key of the first frame of the clip under the key `of_clip`. Raises InvalidKey."""
+    clip_id, attempt_token = parse_clip_key(of_clip)
+    return f"clips/{clip_id}/{attempt_token}.jpg"
+
+
+def output_key(clip_id: str, name: str) -> str:
+    """The key of what clients may fetch under this name. Raises InvalidKey for anything but clips and thumbnails."""
+    key = f"clips/{clip_id}/{name}"
+    if parse_output_key(key) != (clip_id, name):
+        raise InvalidKey
+    return key
+
+
+def parse_output_key(key: str) -> OutputName:
+    """The parts of the key of a clip or a thumbnail. Raises InvalidKey."""
+    match = _OUTPUT.fullmatch(key)
+    if match is None:
+        raise InvalidKey
+    return OutputName(match[1], match[2])
 
 
 def clip_prefix(clip_id: str, attempt_token: str | None = None) -> str:

@@ -8,7 +8,7 @@ from minio.credentials.credentials import Credentials
 from minio.credentials.providers import Provider
 from minio.helpers import DictType
 
-from storage.keys import parse_clip_key
+from storage.keys import parse_output_key
 from storage.s3_client import sdk
 from storage.s3_credentials import retrieve
 from storage.s3_options import S3Options
@@ -40,11 +40,11 @@ class S3Presigner:
         expires_in: timedelta,
         response_content_disposition: str | None = None,
     ) -> PresignedUrl:
-        """See `Presigner.presign`. `key` is a clip's; a disposition: 1 to 512 printable ASCII characters.
+        """See `Presigner.presign`. `key`: of a clip or thumbnail. Disposition: 1 to 512 printable ASCII characters.
 
         Raises StoreUnavailable when there are no credentials.
         """
-        parse_clip_key(key)
+        parse_output_key(key)
         if method not in ("GET", "HEAD"):
             raise ValueError("only GET and HEAD are signed")
         began = self._now().astimezone(UTC).replace(microsecond=0)

@@ -1,6 +1,6 @@
 """URLs for the local store: signed, checked, expiring. Knows no object, no file and no HTTP server.
 
-    {public_url}/outputs/{clip_id}/{attempt_token}.mp4?expires=…[&response-content-disposition=…]&signature=…
+    {public_url}/outputs/{clip_id}/{attempt_token}.mp4|jpg?expires=…[&response-content-disposition=…]&signature=…
 
 The signature is HMAC-SHA256 over the method, the key, the expiry (unix seconds) and the response header,
 written as a JSON list, which reads in one way only. Hex, since base64 spells the same bytes in several ways.
@@ -18,7 +18,7 @@ from urllib.parse import quote, urlencode
 
 from schemas.errors import UrlExpired, UrlInvalid
 from schemas.requests import MAX_URL_TTL_S
-from storage.keys import parse_clip_key
+from storage.keys import parse_output_key
 from storage.store import PresignedUrl, check_expires_in
 
 EXPIRES: Final = "expires"
@@ -67,8 +67,8 @@ class LocalPresigner:
         expires_in: timedelta,
         response_content_disposition: str | None = None,
     ) -> PresignedUrl:
-        """See `Presigner.presign`. `key` is a clip's; a disposition: 1 to 512 printable ASCII characters."""
-        clip_id, attempt_token = parse_clip_key(key)
+        """See `Presigner.presign`. `key`: of a clip or thumbnail. Disposition: 1 to 512 printable ASCII characters."""
+        clip_id, name = parse_output_key(key)
         if method not in _METHODS_SIGNED_FOR:
             raise ValueError("only GET and HEAD are signed")
         if response_content_disposition is not None and not _HEADER_VALUE.fullmatch(response_content_disposition):
@@ -78,7 +78,7 @@ class LocalPresigner:
         if response_content_disposition is not None:
             query[DISPOSITION] = response_content_disposition
         query[SIGNATURE] = self._sign(method, key, str(expires), response_content_disposition)
-        url = f"{self._public_url}/outputs/{clip_id}/{attempt_token}.mp4?{urlencode(query, quote_via=quote)}"
+        url = f"{self._public_url}/outputs/{clip_id}/{name}?{urlencode(query, quote_via=quote)}"
         return PresignedUrl(url, expires_at=datetime.fromtimestamp(expires, UTC))
 
     def verify(self, method: str, key: str, query: Iterable[tuple[str, str]]) -> str | None:

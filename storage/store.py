@@ -29,7 +29,7 @@ from schemas.requests import MAX_URL_TTL_S, MIN_URL_TTL_S
 MAX_LIST_LIMIT: Final = 1000
 """Keys per page. Source: S3's ListObjectsV2."""
 
-_CONTENT_TYPES: Final = {".mp4": "video/mp4", ".json": "application/json", ".png": "image/png"}
+_CONTENT_TYPES: Final = {".mp4": "video/mp4", ".json": "application/json", ".png": "image/png", ".jpg": "image/jpeg"}
 
 
 class StoreError(Exception):

@@ -15,7 +15,7 @@ from s3_servers.ceph import CephRgw
 from s3_servers.ministack import Ministack
 from s3_servers.process import S3Server
 
-from schemas.handoff import PreparedPrompt, TextItem
+from schemas.handoff import PreparedPrompt, Standing, TextItem
 from schemas.official_profiles import WAN_TINY
 from schemas.requests import GenerationParameters
 
@@ -261,12 +261,13 @@ class JobProbe:
         prompt: PreparedPrompt,
         on_event: "Callable[[EngineEvent], None]" = lambda event: None,
         on_frames: "Callable[[npt.NDArray[np.uint8]], None]" = lambda frames: None,
+        standing: Standing = Standing(),  # noqa: B008  # frozen
     ) -> None:
         from serve_graph.engine.job import EngineJob
 
         self.events: list[EngineEvent] = []
         self.chunks: list[npt.NDArray[np.uint8]] = []
-        self.job: EngineJob = EngineJob(job_id, parameters, prompt, sink=self, notify=self._notify)
+        self.job: EngineJob = EngineJob(job_id, parameters, prompt, sink=self, notify=self._notify, standing=standing)
         self._on_event = on_event
         self._on_frames = on_frames
         self._ended = threading.Event()
@@ -313,6 +314,7 @@ class MakeProbe(Protocol):
         prompt_embeddings: PreparedPrompt | None = None,
         on_event: "Callable[[EngineEvent], None]" = ...,
         on_frames: "Callable[[npt.NDArray[np.uint8]], None]" = ...,
+        standing: Standing = ...,
         **parameters: Any,
     ) -> JobProbe: ...
 
@@ -330,10 +332,12 @@ def make_probe(
         prompt_embeddings: PreparedPrompt | None = None,
         on_event: "Callable[[EngineEvent], None]" = lambda event: None,
         on_frames: "Callable[[npt.NDArray[np.uint8]], None]" = lambda frames: None,
+        standing: Standing = Standing(),  # noqa: B008  # frozen
         **changes: Any,
     ) -> JobProbe:
         parameters = make_parameters(**changes)
-        return JobProbe(job_id, parameters, prompt_embeddings or prepare(parameters), on_event, on_frames)
+        prompt = prompt_embeddings or prepare(parameters)
+        return JobProbe(job_id, parameters, prompt, on_event, on_frames, standing)
 
     return make
 

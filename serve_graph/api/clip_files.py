@@ -13,8 +13,10 @@ from fastapi.responses import FileResponse, Response
 from schemas.errors import ClipNotFound, RangeNotSatisfiable
 from serve_graph.api.documented import problems
 from serve_graph.stores import LocalFiles
-from storage.keys import clip_key
+from storage.keys import output_key
 from storage.store import InvalidKey, ObjectNotFound, ObjectStat, content_type
+
+MEDIA_TYPES: dict[str, dict[str, str]] = {"video/mp4": {}, "image/jpeg": {}}
 
 _RANGE = re.compile(r"bytes=(?:([0-9]{1,18})-([0-9]{0,18})|-([0-9]{1,18}))")
 
@@ -35,8 +37,8 @@ def clip_file_routes(clips: SignedClips) -> APIRouter:
         "/outputs/{clip_id}/{name}",
         response_class=Response,
         responses={
-            200: {"content": {"video/mp4": {}}, "description": "The clip."},
-            206: {"content": {"video/mp4": {}}, "description": "The part of it that `Range` asks for."},
+            200: {"content": MEDIA_TYPES, "description": "The clip, or its thumbnail."},
+            206: {"content": MEDIA_TYPES, "description": "The part of it that `Range` asks for."},
             304: {"description": "`If-None-Match` names this clip."},
             **problems(403, 404, 416, 422, 500, 503),
         },
@@ -48,7 +50,10 @@ def clip_file_routes(clips: SignedClips) -> APIRouter:
         name: Annotated[str, Path(examples=["0123456789abcdef.mp4"])],
     ) -> Response:
         """The bytes of a clip, for whoever has a URL that was signed for them and has not expired."""
-        key = _clip_key(clip_id, name)
+        try:
+            key = output_key(clip_id, name)
+        except InvalidKey as error:
+            raise ClipNotFound from error
         disposition = clips.local.presigner.verify(request.method, key, request.query_params.multi_items())
         stat, path = await _find(clips, key)
         etag = f'"{stat.etag}"'
@@ -66,16 +71,6 @@ def clip_file_routes(clips: SignedClips) -> APIRouter:
         return FileResponse(path, media_type=content_type(key), headers=headers)
 
     return router
-
-
-def _clip_key(clip_id: str, name: str) -> str:
-    token, dot, suffix = name.rpartition(".")
-    if (dot, suffix) != (".", "mp4"):
-        raise ClipNotFound
-    try:
-        return clip_key(clip_id, token)
-    except InvalidKey as error:
-        raise ClipNotFound from error
 
 
 async def _find(clips: SignedClips, key: str) -> tuple[ObjectStat, FilePath]:

@@ -91,7 +91,7 @@ class RequestMiddleware:
             if status != CLIENT_CLOSED_REQUEST:
                 raise  # half an answer is out; the server has to cut the connection
             problem = failure.problem(request_id=context.request_id, job_id=context.job_id)
-            response = problem_response(problem, _challenge(scope, failure))
+            response = problem_response(scope, problem, _challenge(scope, failure))
             await response(scope, receive, send_with_id)
         finally:
             seconds = time.monotonic() - began

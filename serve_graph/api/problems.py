@@ -1,12 +1,15 @@
-"""The one place where an error becomes an HTTP answer (RFC 9457)."""
+"""The one place where an error becomes an HTTP answer: RFC 9457, and OpenAI's form under `/v1/`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Match
+from starlette.types import Scope
 
 from schemas.errors import (
     PROBLEM_MEDIA_TYPE,
@@ -20,6 +23,7 @@ from schemas.errors import (
     WanError,
 )
 from schemas.model_profile import ModelProfile
+from schemas.openai_videos import STATUS_FOR, ErrorAnswer
 from serve_graph.api.context import context_of
 
 MAX_FIELD_ERRORS = 32
@@ -28,9 +32,21 @@ MAX_FIELD_ERRORS = 32
 _BODY = "body"
 
 
-def problem_response(problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
+OPENAI_PREFIX = "/v1"
+"""Whoever asks below it expects OpenAI's errors, also where there is no such route."""
+
+
+def problem_response(scope: Scope, problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
     """The HTTP form of a problem, with `Retry-After` where it has one."""
     retry = {} if problem.retry_after_s is None else {"Retry-After": str(problem.retry_after_s)}
+    if scope["path"] == OPENAI_PREFIX or scope["path"].startswith(OPENAI_PREFIX + "/"):
+        # The SDK sends what got a 409 again, unless it is told not to; no second would change ours.
+        settled = {"x-should-retry": "false"} if problem.status == 409 else {}
+        return JSONResponse(
+            ErrorAnswer.of(problem).model_dump(mode="json"),
+            status_code=STATUS_FOR.get(problem.status, problem.status),
+            headers={**(headers or {}), **retry, **settled},
+        )
     return Response(
         problem.model_dump_json(exclude_none=True),  # quick: a batch's may list thousands of mistakes
         status_code=problem.status,
@@ -44,11 +60,14 @@ def answer(request: Request, error: WanError, headers: Mapping[str, str] | None 
     context = context_of(request.scope)
     problem = error.problem(request_id=context.request_id, job_id=context.job_id)
     context.error = problem.name
-    return problem_response(problem, headers)
+    return problem_response(request.scope, problem, headers)
 
 
-def install_handlers(app: FastAPI, profile: ModelProfile) -> None:
-    """Three of the four handlers; the fourth, for everything else, is `RequestMiddleware`."""
+def install_handlers(app: FastAPI, profile: ModelProfile, routes: Sequence[BaseRoute]) -> None:
+    """Three of the four handlers; the fourth, for everything else, is `RequestMiddleware`.
+
+    routes: the application's. A path may have several, and Starlette's 405 knows the methods of the first only.
+    """
 
     async def on_wan_error(request: Request, error: Exception) -> Response:
         headers = None
@@ -62,7 +81,10 @@ def install_handlers(app: FastAPI, profile: ModelProfile) -> None:
 
     async def on_http(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
-        headers = error.headers if isinstance(error, HTTPException) else None
+        headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
+        if status == 405:
+            methods = (getattr(r, "methods", ()) for r in routes if r.matches(request.scope)[0] is not Match.NONE)
+            headers["Allow"] = ", ".join(sorted(set().union(*methods)))
         return answer(request, _http_error(status), headers)
 
     app.add_exception_handler(WanError, on_wan_error)

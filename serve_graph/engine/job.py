@@ -11,12 +11,13 @@ import numpy.typing as npt
 import torch
 
 from schemas.errors import WanError
-from schemas.handoff import PreparedPrompt, Started
+from schemas.handoff import PreparedPrompt, Standing, Started
 from schemas.jobs import Progress
 from schemas.requests import GenerationParameters
 from serve_graph.engine.checkpoint import GeneratorParts
 from serve_graph.engine.decode import Decoding
 from serve_graph.engine.denoise import Denoising
+from serve_graph.scheduling import Turn, Work, work_of
 
 
 class FrameSink(Protocol):
@@ -36,10 +37,12 @@ class Denoised:
 
 @dataclass(frozen=True)
 class Finished:
-    """Every frame went into the sink. Seconds of wall time that the two stages took."""
+    """Every frame went into the sink. Seconds of the two stages: wall time, and the device's for this job alone."""
 
     denoise_s: float
     decode_s: float
+    denoise_device_s: float
+    decode_device_s: float
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class EngineJob:
     """A job from submission to its last event. Only the device thread touches it after submission.
 
     notify: called on the device thread for every event; it must be quick and must not raise.
+    turn, remaining_s: what `scheduling.order` needs; the engine sets the one and keeps the other up to date.
     """
 
     def __init__(
@@ -66,24 +70,31 @@ class EngineJob:
         prompt: PreparedPrompt,
         sink: FrameSink,
         notify: Callable[[EngineEvent], None],
+        standing: Standing = Standing(),  # noqa: B008  # frozen
     ) -> None:
         self.job_id = job_id
         self.parameters = parameters
         self.sink = sink
         self.notify = notify
+        self.standing = standing
+        self.turn: Turn
+        self.work = work_of(parameters)
+        self.remaining_s = 0.0
         self.cancelled = False
         self.suspect = False
         self.num_tokens = 0
         self.denoise_s = 0.0
+        self.denoise_device_s = 0.0
+        self.decode_device_s = 0.0
         self._prompt: PreparedPrompt | None = prompt
         self._denoising: Denoising | None = None
         self._decoding: Decoding | None = None
         self._phase_began = 0.0
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, int, int]:
         """What must agree for two jobs to share a forward; the text length is fixed per model."""
-        return (self.parameters.num_frames, self.parameters.height, self.parameters.width)
+        return self.work.shape
 
     @property
     def travels_alone(self) -> bool:
@@ -92,6 +103,11 @@ class EngineJob:
     @property
     def is_decoding(self) -> bool:
         return self._decoding is not None
+
+    @property
+    def has_open_decode(self) -> bool:
+        """Whether features of decoded frames are kept for the next."""
+        return self._decoding is not None and self._decoding.chunk > 0
 
     @property
     def denoising(self) -> Denoising:
@@ -125,7 +141,7 @@ class EngineJob:
 
     def finish(self) -> None:
         """Tell that all frames are out."""
-        self.notify(Finished(denoise_s=self.denoise_s, decode_s=self._phase_seconds()))
+        self.notify(Finished(self.denoise_s, self._phase_seconds(), self.denoise_device_s, self.decode_device_s))
 
     def let_go(self) -> None:
         """Give up the tensors of a job that has ended early, however long somebody keeps the job itself."""
@@ -138,11 +154,14 @@ class EngineJob:
             return self._denoising.step
         return self.parameters.num_inference_steps if self._decoding is not None else 0
 
-    def remaining(self, num_chunks: int) -> tuple[int, int]:
-        """Denoising steps and decode chunks that are left; `num_chunks` is what a whole decode takes."""
+    @property
+    def work_left(self) -> Work:
+        """The steps and chunks that are left."""
         if self._decoding is not None:
-            return 0, self._decoding.num_chunks - self._decoding.chunk
-        return self.denoising.num_steps - self.denoising.step, num_chunks
+            return self.work._replace(steps=0, chunks=self._decoding.num_chunks - self._decoding.chunk)
+        if self._denoising is not None:
+            return self.work._replace(steps=self._denoising.num_steps - self._denoising.step)
+        return self.work
 
     def _phase_seconds(self) -> float:
         now = time.monotonic()

@@ -1,14 +1,14 @@
 """The engine: one thread that owns the device and takes its work one step or one decode chunk at a time.
 
-Jobs join and leave between two units of work. Whatever goes wrong inside a unit ends the jobs that caused it and
-no other: a shared forward that fails is tried again with each of its jobs alone. A unit that never returns, or a
-thread that died, makes `check` raise, so that whoever supervises the engine can replace the process.
+Jobs join and leave between two units of work, and whose turn it is is decided anew for each. Whatever goes wrong
+inside a unit ends the jobs that caused it and no other: a shared forward that fails is tried again with each of its
+jobs alone. A unit that never returns, or a thread that died, makes `check` raise, so that whoever supervises the engine
+can replace the process.
 """
 
 import gc
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,19 +22,23 @@ from schemas.jobs import Progress
 from serve_graph.engine.checkpoint import GeneratorParts
 from serve_graph.engine.denoise import denoise_step
 from serve_graph.engine.job import EngineJob, Failed
-from serve_graph.engine.pace import Pace
 from serve_graph.engine.policy import Decode, Step, next_work
 from serve_graph.metrics import GeneratorMetrics
+from serve_graph.scheduling import Policy, Turn, WorkModel, next_to_start
 
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """max_jobs_in_flight: slots. max_batch_tokens: latent tokens in one forward. text_length: padded text tokens."""
+    """max_jobs_in_flight: slots. max_batch_tokens: latent tokens in one forward. text_length: padded text tokens.
+
+    policy: whose turn it is, see `serve_graph.scheduling`; under `srpt` one more job than the slots may overtake.
+    """
 
     max_jobs_in_flight: int
     max_batch_tokens: int
     text_length: int
     hang_timeout_s: float = 600.0
+    policy: Policy = "srpt"
 
 
 class Engine:
@@ -55,9 +59,9 @@ class Engine:
         self._max_batch_tokens = limits.max_batch_tokens
         self._metrics = metrics
         self._on_error = on_error
-        self._pace = Pace()
+        self._model = WorkModel()
         self._changed = threading.Condition()
-        self._waiting: deque[EngineJob] = deque()
+        self._waiting: list[EngineJob] = []
         self._in_flight: list[EngineJob] = []
         self._closing = False
         self._ended = False
@@ -72,6 +76,7 @@ class Engine:
                 raise ShuttingDown("the engine is closing")
             if self._ended:
                 raise WorkerLost("the device thread has died")
+            job.turn = Turn.of(job.standing, time.monotonic())
             self._waiting.append(job)
             self._changed.notify()
 
@@ -102,7 +107,7 @@ class Engine:
         ending: WanError = WorkerLost("the device thread has died")
         try:
             while self._wait_for_work():
-                work = next_work(self._in_flight, self._max_batch_tokens)
+                work = next_work(self._in_flight, self._max_batch_tokens, self._limits.policy, time.monotonic())
                 if isinstance(work, Decode):
                     self._decode(self._in_flight[work.index])
                 elif isinstance(work, Step):
@@ -123,10 +128,8 @@ class Engine:
                 if self._closing:
                     return False
                 cancelled = [job for job in (*self._in_flight, *self._waiting) if job.cancelled]
-                self._waiting = deque(job for job in self._waiting if not job.cancelled)
-                slots = self._limits.max_jobs_in_flight - len(self._in_flight)
-                admitted = [self._waiting.popleft() for _ in range(min(slots, len(self._waiting)))]
-                self._in_flight += admitted  # at once, so that `cancel` finds them at any moment
+                self._waiting = [job for job in self._waiting if not job.cancelled]
+                admitted = self._take_from_waiting()
                 if cancelled or admitted or self._in_flight:
                     break
                 self._changed.wait()
@@ -135,6 +138,17 @@ class Engine:
         for job in admitted:
             self._admit(job)
         return True
+
+    def _take_from_waiting(self) -> list[EngineJob]:
+        """Those of `_waiting` that begin now; in flight at once, so that `cancel` finds them at any moment."""
+        taken: list[EngineJob] = []
+        for job in (*self._in_flight, *self._waiting):
+            job.remaining_s = self._model.seconds(job.work_left)
+        policy, slots, now = self._limits.policy, self._limits.max_jobs_in_flight, time.monotonic()
+        while (index := next_to_start(self._waiting, self._in_flight, slots, policy, now)) is not None:
+            taken.append(self._waiting.pop(index))
+            self._in_flight.append(taken[-1])
+        return taken
 
     def _admit(self, job: EngineJob) -> None:
         self._metrics.set_jobs_in_flight(len(self._in_flight))
@@ -148,6 +162,8 @@ class Engine:
         def step() -> None:
             nonlocal num_forwards
             num_forwards = denoise_step(self._parts.transformer, [job.denoising for job in batch])
+            if self._parts.device.type == "cuda":  # else the host runs ahead, and what it decides comes late
+                torch.cuda.synchronize(self._parts.device)
 
         if not self._guarded(batch, step):
             return
@@ -156,8 +172,9 @@ class Engine:
         self._metrics.forward_done("cond")
         if num_forwards == 2:
             self._metrics.forward_done("uncond")
-        self._pace.saw_step(batch[0].shape, seconds)
+        self._model.saw_step(batch[0].work._replace(forwards=num_forwards), seconds)
         for job in batch:
+            job.denoise_device_s += seconds / len(batch)
             self._tell_progress(job)
             if job.denoising.is_done:
                 self._guarded([job], lambda job=job: job.begin_decoding(self._parts))  # type: ignore[misc]  # binds
@@ -169,7 +186,9 @@ class Engine:
             return
         if len(decoded[0]) and not self._guarded([job], lambda: job.sink.write(decoded[0])):
             return
-        self._pace.saw_chunk(job.shape, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        self._model.saw_chunk(job.work, seconds)
+        job.decode_device_s += seconds
         self._tell_progress(job)
         if job.decoding.is_done:
             self._remove(job)
@@ -224,14 +243,12 @@ class Engine:
         self._metrics.set_jobs_in_flight(len(self._in_flight))
 
     def _tell_progress(self, job: EngineJob) -> None:
-        num_chunks = (job.parameters.num_frames - 1) // self._parts.vae.config.scale_factor_temporal + 1
-        steps, chunks = job.remaining(num_chunks)
+        left = job.work_left
         if job.is_decoding:
-            stage, done, total = "decode", num_chunks - chunks, num_chunks
+            stage, done, total = "decode", job.work.chunks - left.chunks, job.work.chunks
         else:
             stage, done, total = "denoise", job.denoising.step, job.denoising.num_steps
-        seconds_left = self._pace.seconds_left(job.shape, steps, chunks)
-        job.notify(Progress(stage=stage, step=done, steps=total, seconds_left=seconds_left))
+        job.notify(Progress(stage=stage, step=done, steps=total, seconds_left=self._model.seconds(left)))
 
 
 def as_problem(error: Exception) -> WanError:

@@ -104,6 +104,7 @@ class Attempts:
             request_id=record.request_id,
             clip_key=clip_key(record.clip_id, record.attempt_token),
             parameters=record.parameters,
+            standing=live.turn.standing(time.monotonic()),
         )
         async with (
             _at_most(self._patiences.run_s) as run_time,

@@ -122,8 +122,9 @@ class Intake:
 
     async def _some_checks(self) -> None:
         done, self._checks = await asyncio.wait(self._checks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
+        failures = [failure for task in done if (failure := task.exception()) is not None]
+        if failures:
+            raise failures[0]
 
     def _refuse(self, index: int, errors: Sequence[FieldError]) -> None:
         self._errors[index] = [_placed(index, error) for error in errors[:MAX_ERRORS_PER_REQUEST]]

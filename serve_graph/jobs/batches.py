@@ -14,7 +14,7 @@ import re
 import time
 from array import array
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Container, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -144,7 +144,7 @@ class Batches:
         self._lines = ManifestLines(recorder, self._records)
         self._running: dict[str, RunningBatch] = {}
         self._submitting: Counter[str] = Counter()
-        self._service: Counter[str] = Counter()
+        self._heads: dict[str, str] = {}
         self._creating: set[asyncio.Task[str]] = set()
         self._fetching: set[str] = set()
         self._refused: set[str] = set()
@@ -304,34 +304,46 @@ class Batches:
         while self._creating:
             await asyncio.wait(list(self._creating))
 
-    def next_job(self) -> LiveJob | None:
-        """The next job to begin: of the principal, and then of the batch, that got the least so far.
+    def heads(self, line: Container[str]) -> list[LiveJob]:
+        """The next job of each principal who has none of its batches' in `line`; who gets how much is the line's.
 
-        None where there is none, or its line has to be read first; `dispatch` is called once it is there.
+        Of one principal's batches it is the one that got least so far. A job whose line has to be read first is left
+        out; `dispatch` is called once it is there.
         """
-        waiting = [batch for batch in self._running.values() if batch.next_waiting() is not None]
-        for batch in sorted(waiting, key=lambda batch: (self._service[batch.head.principal], batch.service)):
-            index = batch.next_waiting()
-            if index is None:
+        least: dict[str, RunningBatch] = {}
+        for batch in self._running.values():
+            principal = batch.head.principal
+            if batch.next_waiting() is None or self._heads.get(principal) in line:
                 continue
-            try:
-                item = self._lines.cached(batch.batch_id, index)
-            except ValueError as failure:
-                self._refuse(batch, failure)
-                continue
-            if item is None:
-                if batch.batch_id not in self._fetching:
-                    self._fetching.add(batch.batch_id)
-                    self._jobs.spawn(self._fetch(batch, index))
-                continue
-            batch.put(index, HERE)
-            cost = _cost(item.parameters)
-            batch.service += cost
-            self._service[batch.head.principal] += cost
-            self._tell_metrics()
-            record = self._record(batch.head, index, item.request, item.parameters)
-            return LiveJob(record, None, began=time.monotonic())
-        return None
+            if principal not in least or batch.service < least[principal].service:
+                least[principal] = batch
+        found = []
+        for batch in least.values():
+            live = self._next_of(batch)
+            if live is not None:
+                self._heads[batch.head.principal] = live.job_id
+                found.append(live)
+        return found
+
+    def _next_of(self, batch: RunningBatch) -> LiveJob | None:
+        index = batch.next_waiting()
+        if index is None:
+            return None
+        try:
+            item = self._lines.cached(batch.batch_id, index)
+        except ValueError as failure:
+            self._refuse(batch, failure)
+            return None
+        if item is None:
+            if batch.batch_id not in self._fetching:
+                self._fetching.add(batch.batch_id)
+                self._jobs.spawn(self._fetch(batch, index))
+            return None
+        batch.put(index, HERE)
+        batch.service += _cost(item.parameters)
+        self._tell_metrics()
+        record = self._record(batch.head, index, item.request, item.parameters)
+        return LiveJob(record, None, began=time.monotonic())
 
     def took(self, record: JobRecord) -> bool:
         """This process has taken a job with a record in hand. Returns whether its batch was cancelled."""
@@ -366,6 +378,14 @@ class Batches:
         if batch is not None:
             batch.put(index, WAITING)
             self._jobs.dispatch()
+
+    async def file(self, record: JobRecord) -> None:
+        """A job has ended in another process, or was not filed in this one. Raises StoreUnavailable."""
+        records = self._recorder.records
+        if record.attempts > 1:
+            await self._recorder.io(records.discard_lost_clips, record)
+        await self._recorder.io(records.file_item, record.job_id, record.state)
+        self.filed(record.job_id, record.state)
 
     async def bury(self, tombstone: Tombstone) -> None:
         """A job was deleted, perhaps before its end was filed."""
@@ -468,15 +488,14 @@ class Batches:
     def _run(
         self, head: BatchManifest, ends: "array[int]", done: Mapping[int, JobState], cancel: BatchCancel | None
     ) -> RunningBatch:
-        """Begin to work on a batch; it has got as little as the one that got least so far."""
+        """Begin to work on a batch, level with the one of the same principal that got least so far."""
         if head.batch_id in self._running:
             return self._running[head.batch_id]
-        principal = head.principal
-        waiting = [batch for batch in self._running.values() if batch.next_waiting() is not None]
-        mine = [batch.service for batch in waiting if batch.head.principal == principal]
-        if not mine:
-            others = [self._service[batch.head.principal] for batch in waiting]
-            self._service[principal] = max(self._service[principal], min(others, default=0))
+        mine = [
+            batch.service
+            for batch in self._running.values()
+            if batch.head.principal == head.principal and batch.next_waiting() is not None
+        ]
         batch = self._running[head.batch_id] = RunningBatch(head, ends, min(mine, default=0))
         batch.all_ended(done)
         batch.cancel = cancel

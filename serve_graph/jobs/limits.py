@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 
+from serve_graph.scheduling import Policy
+
 
 @dataclass(frozen=True)
 class QueueLimits:
     """max_waiting_jobs: beyond it, QueueFull. max_dispatched_jobs: handed to the worker at once.
 
+    policy, max_stretch: see `serve_graph.scheduling`.
     max_batches: unfinished ones of one principal; beyond it, QuotaExceeded.
     max_clip_pixels: width x height x frames of one clip that fit into the device's memory; None: all that is legal.
     """
@@ -14,6 +17,8 @@ class QueueLimits:
     max_waiting_jobs: int
     max_dispatched_jobs: int
     max_clip_pixels: int | None = None
+    policy: Policy = "srpt"
+    max_stretch: float = 1.5
     max_batches: int = 64
 
 

@@ -2,9 +2,11 @@
 
 import asyncio
 from dataclasses import dataclass, field
+from math import inf
 
 from schemas.errors import WanError
 from schemas.jobs import JobRecord, Progress
+from serve_graph.scheduling import Turn
 
 
 @dataclass
@@ -14,8 +16,9 @@ class LiveJob:
     etag: of its record; None while a job of a batch has none yet.
     began: when this process took it up, on the monotonic clock.
     stopped_by: why its task was cancelled, where that was not a client's wish.
-    handed_back: it is left to the next process. lost: another process has it.
-    unrecorded: its end could not be written, so its record says otherwise.
+    handed_back: it is left to the next process. lost: another process has it. unrecorded: it ended here, and the
+    store could not be told; its lease will run out.
+    turn, own_s: set when it joins the line. expiry: of its deadline.
     """
 
     record: JobRecord
@@ -34,6 +37,19 @@ class LiveJob:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     listeners: set[asyncio.Event] = field(default_factory=set)
     task: asyncio.Task[None] | None = None
+    turn: Turn = field(default_factory=lambda: Turn(priority="normal", submitted=0.0, overdue_at=inf))
+    own_s: float = 0.0
+    expiry: asyncio.TimerHandle | None = None
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds of the device's work that are left, by the estimate that was made when it came."""
+        progress = self.progress
+        if progress is None:
+            return self.own_s
+        if progress.seconds_left is not None:
+            return min(progress.seconds_left, self.own_s)
+        return self.own_s * (1 - progress.step / max(1, progress.steps))
 
     @property
     def job_id(self) -> str:

@@ -23,6 +23,7 @@ from schemas.clips import Clip
 from schemas.errors import (
     ClipGone,
     ClipNotFound,
+    DeadlineExceeded,
     FieldError,
     IdempotencyMismatch,
     InternalError,
@@ -34,14 +35,27 @@ from schemas.errors import (
     Problem,
     QueueFull,
     QuotaExceeded,
+    RecordedFailure,
     ShuttingDown,
     StoreUnavailable,
     WanError,
 )
 from schemas.health import LastError, QueueHealth
-from schemas.jobs import Job, JobPage, JobRecord, JobState, RenderedClip, item_of, job_id_from, job_id_of, new_job_id
+from schemas.jobs import (
+    Job,
+    JobPage,
+    JobRecord,
+    JobState,
+    RenderedClip,
+    Tombstone,
+    item_of,
+    job_id_from,
+    job_id_of,
+    new_job_id,
+)
 from schemas.model_profile import ModelProfile
 from schemas.requests import GenerateRequest, GenerationParameters, url_ttl
+from schemas.webhooks import WebhookDelivery
 from serve_graph.api_keys import NOBODY, Principal
 from serve_graph.jobs.attempts import Attempts
 from serve_graph.jobs.batch_intake import Sent
@@ -49,7 +63,9 @@ from serve_graph.jobs.batches import Batches
 from serve_graph.jobs.census import Census
 from serve_graph.jobs.following import LOOK_INTERVAL_S, Followers
 from serve_graph.jobs.limits import Patiences, QueueLimits
+from serve_graph.jobs.line import Line, Scheduling
 from serve_graph.jobs.live import LiveJob
+from serve_graph.jobs.outbox import Outbox
 from serve_graph.jobs.recording import Lost, Recorder
 from serve_graph.jobs.takeover import Sweeper
 from serve_graph.jobs.views import Views, owned, owned_tombstone
@@ -57,8 +73,11 @@ from serve_graph.jobs.worker import Worker
 from serve_graph.logs import log_event, log_failure, log_job
 from serve_graph.metrics import IngressMetrics
 from serve_graph.prompts import clean_prompt, prompt_hash, surely_fits
+from serve_graph.thumbnails import ensure_thumbnail
+from serve_graph.webhooks.policy import WebhookPolicy, check_webhook_url
+from serve_graph.webhooks.sender import WebhookSender
 from storage.job_records import Deleted, JobRecords, entry_of, request_digest
-from storage.keys import entry_id
+from storage.keys import entry_id, thumbnail_key
 from storage.store import InvalidKey, PreconditionFailed, PresignedUrl, Presigner
 
 T = TypeVar("T")
@@ -67,8 +86,8 @@ _STOPPED = "the service is stopping; the job goes on at its next start: ask for 
 
 MAX_RETRY_AFTER_S = 600
 
-BATCH_TURN = 4
-"""Of so many jobs that go, one is a batch's where one waits."""
+LAST_WORDS_S = 15.0
+"""At a stop, for indexes and webhooks of jobs that have ended; an attempt at a webhook takes 10 s at most."""
 
 MAX_PAGE = 100
 """Jobs on one page of a list: each is a read."""
@@ -91,6 +110,8 @@ class JobService:
         metrics: IngressMetrics,
         executor: Executor,
         clip_retention: timedelta | None = None,
+        webhook_policy: WebhookPolicy | None = None,
+        webhook_sender: WebhookSender | None = None,
     ) -> None:
         self._profile = profile
         self._worker = worker
@@ -104,21 +125,19 @@ class JobService:
         self._recorder = Recorder(records, executor, owner=token_hex(8), patience_s=patiences.store_s)
         self._views = Views(presigner, default_url_ttl, clip_retention)
         self._followers = Followers(self._recorder)
+        self._webhook_policy = webhook_policy or WebhookPolicy(can_sign=webhook_sender is not None)
+        self._outbox = Outbox(self._recorder, webhook_sender)
         self._attempts = Attempts(
             worker, self._recorder, patiences, on_start=self._note_start, on_retry=self._note_retry
         )
         self._live: dict[str, LiveJob] = {}
-        self._waiting: dict[str, LiveJob] = {}
-        self._dispatched = 0
-        self._of_batches: set[str] = set()
-        self._since_batch = 0
+        self._line = Line(Scheduling(limits.max_dispatched_jobs, limits.policy, limits.max_stretch))
         self._census = Census()
         self._creating: dict[str, asyncio.Task[None]] = {}
         self._filing: set[asyncio.Task[None]] = set()
         self._tending: list[asyncio.Task[None]] = []
         self._draining = False
         self._drained = asyncio.Event()
-        self._mean_job_s: float | None = None
         self.last_error: LastError | None = None
         self.batches = Batches(
             self,
@@ -256,12 +275,11 @@ class JobService:
         """One page of this principal's jobs, newest first; those of batches are not among them.
 
         batch_id: instead, those of this batch, in the order of submission. Raises BatchNotFound, BatchGone then.
-        after: a page's `next_cursor`. after_job: instead of it, the id of the last job of the page before.
-        Raises InvalidRequest for a cursor that is none, JobNotFound, JobGone.
+        after: a page's `next_cursor`. after_job: instead of it, the id of the last job of the page before, which may
+        have been deleted meanwhile. Raises InvalidRequest for a cursor that is none, JobNotFound.
         """
         if after_job is not None:
-            record = await self._record(after_job, principal)
-            after = entry_of(record)
+            after = entry_of(await self._record_or_tombstone(after_job, principal))
         states = tuple(JobState) if state is None else (state,)
         if batch_id is not None:
             items, cursor = await self.batches.page(batch_id, principal, states=states, limit=limit, after=after)
@@ -294,12 +312,15 @@ class JobService:
         """Cancel a job, whoever runs it. Returns it as it ended, by the cancel or just before.
 
         Where another process runs it and does not answer within two renewals, the job is returned as it is then,
-        with `cancel_requested`. Raises JobNotFound, JobGone, StoreUnavailable.
+        with `cancel_requested`. Raises JobNotFound, JobGone, StoreUnavailable; RecordedFailure where the
+        store could not be told in time.
         """
         live = self._live.get(job_id)
         if live is not None:
             owned(live.record, principal)
             await self._cancel_here(live)
+            if live.unrecorded and live.record.error is not None:
+                raise RecordedFailure(live.record.error)
             if not live.lost:
                 return self._view(live.record)
         record = await self._cancel_elsewhere(job_id, principal)
@@ -310,7 +331,9 @@ class JobService:
         live = self._live.get(job_id)
         if live is not None:
             owned(live.record, principal)
-            raise JobNotEnded
+            if not live.record.state.is_terminal:
+                raise JobNotEnded
+            await live.ended.wait()  # its end is on record, and this process lets go of it just now
         while True:
             record, etag = await self._read(job_id, principal)
             if not record.state.is_terminal:
@@ -332,6 +355,24 @@ class JobService:
             raise ClipGone from error
         return self._views.clip_url(record, clip_id)
 
+    async def thumbnail_url(self, job_id: str, principal: Principal = NOBODY) -> PresignedUrl:
+        """A freshly signed URL for the first frame of a job's clip, which is made when it is first asked for.
+
+        Raises JobNotFound, JobGone, ClipNotFound, ClipGone, RenderFailed, StoreUnavailable, StoreFull.
+        """
+        record = await self._record(job_id, principal)
+        if record.result is None:
+            raise ClipNotFound
+        key = thumbnail_key(record.result.key)
+        signed = self._views.signed(record, record.result, key)
+        if await self._recorder.io(ensure_thumbnail, self._records.store, record.result.key, key):
+            try:
+                await self._record(job_id, principal)
+            except JobGone:  # deleted meanwhile, and what it had before the thumbnail was there
+                await self._recorder.io(self._records.store.delete, key)
+                raise
+        return signed
+
     def abandon(self, job_id: str) -> None:
         """Cancel a job of this process whose client has gone, unless somebody else waits or may come back."""
         live = self._live.get(job_id)
@@ -349,13 +390,13 @@ class JobService:
         while self._creating:
             await asyncio.wait(list(self._creating.values()))
         await self.batches.committed()
-        for live in [live for live in self._waiting.values() if live.waiters == 0]:
+        for live in [live for live in self._line if live.waiters == 0]:
             self._leave(live)
         tasks = self._tasks()
         if tasks:
             await asyncio.wait(tasks, timeout=timeout_s)
         self._recorder.hurrying = True
-        for live in list(self._waiting.values()):
+        for live in self._line:
             self._leave(live)
         for live in list(self._live.values()):
             live.handed_back = not live.ending
@@ -365,9 +406,11 @@ class JobService:
         self._drained.set()
         for task in self._tending:
             task.cancel()
-        await asyncio.gather(*self._tending, return_exceptions=True)
-        while self._filing:
-            await asyncio.wait(list(self._filing))
+        if self._filing:  # a webhook that takes longer is tried again by the next process
+            _, late = await asyncio.wait(list(self._filing), timeout=LAST_WORDS_S)
+            for task in late:
+                task.cancel()
+        await asyncio.gather(*self._tending, *self._filing, return_exceptions=True)
 
     def is_live(self, job_id: str) -> bool:
         """Whether this process has the job in hand."""
@@ -393,13 +436,21 @@ class JobService:
         """Cancel a job of this process without waiting for its end."""
         self.spawn(self._cancel_here(live))
 
-    async def file(self, record: JobRecord) -> None:
-        """Give an ended job its place in the index, and collect what its lost attempts left."""
+    def webhook_due_in_s(self, record: JobRecord) -> float | None:
+        """Seconds until an ended job's webhook may be tried; None where there is none to deliver."""
+        return self._outbox.due_in_s(record)
+
+    async def file(self, record: JobRecord, etag: str) -> None:
+        """Give an ended job its place in the index, collect what its lost attempts left, and try its webhook."""
         try:
             if record.attempts > 1:
                 await self._recorder.io(self._records.discard_lost_clips, record)
             await self._recorder.io(self._records.file_as_done, record)
             self.batches.filed(record.job_id, record.state)
+            if record.awaits_webhook:
+                told = await self._outbox.deliver(record, etag)
+                if not told.awaits_webhook:
+                    await self._recorder.io(self._records.file_as_done, told)
         except WanError as failure:  # the entry stays active, so a sweep does it again
             log_failure("filing_failed", failure, job_id=record.job_id)
 
@@ -425,6 +476,8 @@ class JobService:
     def _checked(self, request: GenerateRequest) -> tuple[GenerationParameters, bool]:
         """Everything the output depends on, and whether no text can be too long. Raises InvalidRequest."""
         parameters = self._profile.resolve(request)
+        if request.webhook_url is not None:
+            check_webhook_url(request.webhook_url, self._webhook_policy)
         self._refuse_url_beyond_clip(request)
         self._refuse_beyond_memory(parameters)
         cleaned = clean_prompt(parameters.prompt)
@@ -435,6 +488,15 @@ class JobService:
     def _refuse_if_draining(self) -> None:
         if self._draining:
             raise ShuttingDown("the service is shutting down; send the request again elsewhere or later")
+
+    @staticmethod
+    def _deadline_left_s(record: JobRecord) -> float | None:
+        """Seconds until the request's deadline. After a restart the wall clock has to say how much has passed."""
+        deadline_s = record.request.deadline_s
+        if deadline_s is None:
+            return None
+        passed_s = (datetime.now(UTC) - record.created_at).total_seconds()
+        return max(0.0, deadline_s - max(0.0, passed_s))
 
     def _refuse_beyond_memory(self, parameters: GenerationParameters) -> None:
         fitting, frame = self._limits.max_clip_pixels, parameters.width * parameters.height
@@ -460,7 +522,7 @@ class JobService:
             raise QuotaExceeded(allowed, self._seconds_for(mine))
 
     def _seconds_for(self, num_jobs: int) -> int:
-        seconds = (self._mean_job_s or 1.0) * num_jobs / self._limits.max_dispatched_jobs
+        seconds = self._line.seconds_for(num_jobs) if self._line.is_calibrated else num_jobs
         return min(MAX_RETRY_AFTER_S, max(1, round(seconds)))
 
     def _surely_fits(self, cleaned: str, parameters: GenerationParameters) -> bool:
@@ -483,38 +545,30 @@ class JobService:
             self._enqueue(LiveJob(record, etag, began=time.monotonic()))
 
     def _enqueue(self, live: LiveJob) -> None:
-        self._live[live.job_id] = self._waiting[live.job_id] = live
+        self._live[live.job_id] = live
         self._census.came(live)
+        self._join(live)
         self.dispatch()
         self._tell_metrics()
 
     def dispatch(self) -> None:
         """Let the next jobs go, as many as may be under way at once."""
-        while self._dispatched < self._limits.max_dispatched_jobs:
-            live = self._next()
+        while True:
+            for head in [] if self._draining else self.batches.heads(self._line):
+                self._live[head.job_id] = head
+                self._census.came(head)
+                self._join(head)
+            live = self._line.next()
             if live is None:
                 return
-            self._dispatched += 1
             live.task = asyncio.create_task(self._run(live), context=contextvars.Context())
 
-    def _next(self) -> LiveJob | None:
-        """The next job to go: one of `BATCH_TURN` may be a batch's while others wait, so that neither starves.
-
-        Jobs of batches leave one place under way to others, which then don't wait behind a whole row of them.
-        """
-        live = None
-        room = len(self._of_batches) < max(1, self._limits.max_dispatched_jobs - 1)
-        if room and not self._draining and (not self._waiting or self._since_batch + 1 >= BATCH_TURN):
-            live = self.batches.next_job()
-        if live is not None:
-            self._since_batch = 0
-            self._of_batches.add(live.job_id)
-            self._live[live.job_id] = live
-            self._census.came(live)
-        elif self._waiting:
-            self._since_batch += 1
-            live = self._waiting.pop(next(iter(self._waiting)))
-        return live
+    def _join(self, live: LiveJob) -> None:
+        """Put a job in line, with its deadline."""
+        left_s = self._deadline_left_s(live.record)
+        self._line.join(live, left_s)
+        if left_s is not None:
+            live.expiry = asyncio.get_running_loop().call_later(left_s, self._expire, live)
 
     async def _run(self, live: LiveJob) -> None:
         """A job from its turn to its end. The boundary where every failure becomes the job's."""
@@ -545,21 +599,21 @@ class JobService:
             if live.lost and live.started:
                 await self._attempts.discard_clip(live)
         finally:
-            self._dispatched -= 1
             self._let_go(live)
             self.dispatch()
 
     def _let_go(self, live: LiveJob) -> None:
         """This process has the job no longer in hand."""
         del self._live[live.job_id]
-        self._waiting.pop(live.job_id, None)
-        self._of_batches.discard(live.job_id)
+        self._line.leave(live)
         self._census.went(live)
         self.batches.went(live)
+        if live.expiry is not None:
+            live.expiry.cancel()
         live.ended.set()
         live.tell()
-        if live.record.state.is_terminal and not live.lost and not live.unrecorded:
-            self.spawn(self.file(live.record))
+        if live.record.state.is_terminal and live.etag is not None and not (live.lost or live.unrecorded):
+            self.spawn(self.file(live.record, live.etag))
         self._tell_metrics()
 
     def _leave(self, live: LiveJob) -> None:
@@ -581,7 +635,9 @@ class JobService:
         """Record the end and tell the log and the metrics."""
         unwanted = state is not JobState.SUCCEEDED
         try:
-            await self._recorder.move(live, state, result=result, error=error, lease=None)
+            url = live.record.request.webhook_url
+            webhook = None if url is None else WebhookDelivery(url=url)
+            await self._recorder.move(live, state, result=result, error=error, lease=None, webhook=webhook)
         except Lost:
             live.lost = True
             return
@@ -589,9 +645,10 @@ class JobService:
             # The waiter learns why; the record keeps the last state that could be written.
             log_failure("record_failed", failure, job_id=live.job_id)
             known = failure if isinstance(failure, WanError) else InternalError()
-            unwanted, live.unrecorded = False, True  # nobody can say what was written
+            unwanted = False  # nobody can say what was written
             state, result, error = JobState.FAILED, None, known.problem(job_id=live.job_id)
             live.record = live.record.model_copy(update={"state": state, "error": error})
+            live.unrecorded = True
         seconds = time.monotonic() - live.began
         timings = result.timings if result is not None else None
         name = error.name if error is not None else ""
@@ -600,7 +657,7 @@ class JobService:
         if unwanted and live.started:
             await self._attempts.discard_clip(live)
         if result is not None:
-            self._learn(seconds)
+            self._line.learn(live, result)
         self._metrics.job_ended(state, seconds, error=name, timings=timings)
         log_job(
             request_id=live.record.request_id,
@@ -615,19 +672,26 @@ class JobService:
 
     async def _cancel_here(self, live: LiveJob) -> None:
         """Cancel a job of this process and wait for its end."""
-        if live.task is None and self._waiting.pop(live.job_id, None) is not None:
-            self._dispatched += 1  # its end counts as being under way
-            live.task = asyncio.create_task(self._end_unbegun(live), context=contextvars.Context())
-        else:
-            live.stop()
+        self._stop(live, JobCancelled())
         await live.ended.wait()
 
-    async def _end_unbegun(self, live: LiveJob) -> None:
+    def _expire(self, live: LiveJob) -> None:
+        """The job's deadline is over."""
+        self._stop(live, DeadlineExceeded(live.record.request.deadline_s or 0.0))
+
+    def _stop(self, live: LiveJob, reason: WanError) -> None:
+        """End a job of this process early, whether it waits or runs."""
+        if self._line.leave(live):
+            live.task = asyncio.create_task(self._end_unbegun(live, reason), context=contextvars.Context())
+        else:
+            live.stop(reason)
+
+    async def _end_unbegun(self, live: LiveJob, reason: WanError) -> None:
         live.ending = True
+        state = JobState.CANCELLED if isinstance(reason, JobCancelled) else JobState.FAILED
         try:
-            await self._end(live, JobState.CANCELLED, None, JobCancelled().problem(job_id=live.job_id))
+            await self._end(live, state, None, reason.problem(job_id=live.job_id))
         finally:
-            self._dispatched -= 1
             self._let_go(live)
             self.dispatch()
 
@@ -638,17 +702,16 @@ class JobService:
             if record.state.is_terminal or record.cancel_requested:
                 break
             if record.state is JobState.QUEUED:
-                error = JobCancelled().problem(job_id=job_id)
-                changed = self._records.moved(record, JobState.CANCELLED, error=error)
+                changed = self._records.cancelled(record)
             else:
                 changed = self._records.amended(record, cancel_requested=True)
             try:
-                await self._recorder.io(self._records.write, changed, etag)
+                etag = await self._recorder.io(self._records.write, changed, etag)
             except PreconditionFailed:
                 continue
             record = changed
             if record.state.is_terminal:
-                await self.file(record)
+                self.spawn(self.file(record, etag))
             break
         try:
             async with asyncio.timeout(2 * self._patiences.renewal_s):
@@ -774,6 +837,12 @@ class JobService:
     async def _record(self, job_id: str, principal: Principal) -> JobRecord:
         return (await self._read(job_id, principal))[0]
 
+    async def _record_or_tombstone(self, job_id: str, principal: Principal) -> JobRecord | Tombstone:
+        try:
+            return owned((await self._recorder.io(self._records.get, job_id))[0], principal)
+        except Deleted as deleted:
+            return owned_tombstone(deleted.tombstone, principal)
+
     async def _listed_record(self, entry: str) -> JobRecord | None:
         """The record behind an entry of an index; None where there is none any more."""
         job_id = entry_id(entry)
@@ -782,14 +851,17 @@ class JobService:
             record = live.record if live is not None else (await self._recorder.io(self._records.get, job_id))[0]
         except (JobNotFound, Deleted):
             return None
-        return record if entry_of(record) == entry else None
+        # A job of a batch has an entry of its own for its webhook; it is listed with its batch.
+        return record if entry_of(record) == entry and record.batch_id is None else None
 
     def _view(self, record: JobRecord, live: LiveJob | None = None) -> Job:
         live = live or self._live.get(record.job_id)
         if live is None:
             return self._views.job(record)
-        position = list(self._waiting).index(live.job_id) if live.job_id in self._waiting else None
-        return self._views.job(record, progress=live.progress, position=position)
+        place = self._line.outlook(live)
+        position = place.position - 1 if place is not None and live.job_id in self._line else None
+        seconds_left = place.seconds_left if place is not None and self._line.is_calibrated else None
+        return self._views.job(record, progress=live.progress, position=position, seconds_left=seconds_left)
 
     def _note_start(self, live: LiveJob) -> None:
         self._census.moved(live)
@@ -798,9 +870,6 @@ class JobService:
     def _note_retry(self, live: LiveJob, failure: WanError) -> None:
         self._metrics.job_retried(failure.name)
         self.last_error = LastError(error=failure.name, job_id=live.job_id, at=datetime.now(UTC))
-
-    def _learn(self, seconds: float) -> None:
-        self._mean_job_s = seconds if self._mean_job_s is None else 0.8 * self._mean_job_s + 0.2 * seconds
 
     def _tell_metrics(self) -> None:
         queue = self.queue()

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from schemas.errors import JobCancelled, JobNotFound, WanError
+from schemas.errors import JobNotFound, WanError
 from schemas.jobs import JobRecord, JobState, Tombstone, is_batch_id
 from serve_graph.jobs.limits import Patiences
 from serve_graph.jobs.recording import Recorder
@@ -41,7 +41,9 @@ class Jobs(Protocol):
 
     def adopt(self, record: JobRecord, etag: str) -> None: ...
 
-    async def file(self, record: JobRecord) -> None: ...
+    def webhook_due_in_s(self, record: JobRecord) -> float | None: ...
+
+    async def file(self, record: JobRecord, etag: str) -> None: ...
 
 
 class Batches(Protocol):
@@ -54,6 +56,8 @@ class Batches(Protocol):
     def foreign(self) -> list[str]: ...
 
     def not_begun(self, job_id: str) -> None: ...
+
+    async def file(self, record: JobRecord) -> None: ...
 
     async def bury(self, tombstone: Tombstone) -> None: ...
 
@@ -134,7 +138,11 @@ class Sweeper:
         except Deleted as deleted:
             await self._batches.bury(deleted.tombstone)
         else:
-            if not self._jobs.is_live(job_id) and seen.record is not None:
+            if self._jobs.is_live(job_id) or seen.record is None:
+                return
+            if seen.record.state.is_terminal:  # its webhook, if any, has an entry of its own
+                await self._batches.file(seen.record)
+            else:
                 await self._see_to(seen.record, etag, now - seen.since)
 
     async def _look(self, entry: ActiveEntry) -> None:
@@ -167,7 +175,7 @@ class Sweeper:
 
     async def _see_to(self, record: JobRecord, etag: str, unchanged_s: float) -> None:
         if record.state.is_terminal:
-            await self._jobs.file(record)
+            await self._see_to_end(record, etag, unchanged_s)
         elif record.model != self._model:
             return
         elif record.state is JobState.QUEUED:
@@ -176,12 +184,21 @@ class Sweeper:
         elif unchanged_s >= self._patiences.lease_s:
             await self._take_over(record, etag)
 
+    async def _see_to_end(self, record: JobRecord, etag: str, unchanged_s: float) -> None:
+        """File an ended job, and tell its end once that is due and nobody is at it."""
+        due_in_s = self._jobs.webhook_due_in_s(record)
+        if record.awaits_webhook and (due_in_s is None or due_in_s > 0 or self._may_be_at_it(record, unchanged_s)):
+            return
+        await self._jobs.file(record, etag)
+
+    def _may_be_at_it(self, record: JobRecord, unchanged_s: float) -> bool:
+        return record.lease is not None and unchanged_s < self._patiences.lease_s
+
     async def _take_over(self, record: JobRecord, etag: str) -> None:
         """Put a job back in line whose owner is lost; the owner, if it thaws, finds its ETag gone."""
         log_event("job_taken_over", level=logging.WARNING, job_id=record.job_id, request_id=record.request_id)
         if record.cancel_requested:
-            error = JobCancelled().problem(job_id=record.job_id)
-            moved = self._records.moved(record, JobState.CANCELLED, lease=None, error=error)
+            moved = self._records.cancelled(record)
         else:
             moved = self._records.moved(record, JobState.QUEUED, lease=None)
         try:
@@ -189,7 +206,7 @@ class Sweeper:
         except PreconditionFailed:
             return  # somebody was first, or its owner is back
         if moved.state.is_terminal:
-            await self._jobs.file(moved)
+            await self._jobs.file(moved, etag)
         elif self._jobs.room() > 0:
             self._jobs.adopt(moved, etag)
 

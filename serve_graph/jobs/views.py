@@ -42,7 +42,7 @@ class Views:
             batch_id=record.batch_id,
             model=record.model,
             parameters=record.parameters,
-            priority=getattr(record.request, "priority", "normal"),
+            priority=record.request.priority,
             attempts=record.attempts,
             cancel_requested=record.cancel_requested,
             position=position,
@@ -50,6 +50,7 @@ class Views:
             progress=shown,
             clip=self._clip_if_there(record),
             error=record.error,
+            webhook=record.webhook.state if record.webhook is not None else None,
         )
 
     def clip(self, record: JobRecord) -> Clip:

@@ -1,5 +1,6 @@
 """A real service as a child process: `wan-serve serve`, real Ray, a data folder and a port of its own."""
 
+import contextlib
 import json
 import os
 import signal
@@ -50,9 +51,9 @@ def run_serve(config: Path, *options: str) -> subprocess.CompletedProcess[str]:
 class RunningService:
     """Started on construction; `wait_ready` returns once it says so. Use `stop` to end it."""
 
-    def __init__(self, folder: Path, env: dict[str, str] | None = None, **args: Any) -> None:
+    def __init__(self, folder: Path, env: dict[str, str] | None = None, port: int | None = None, **args: Any) -> None:
         self.folder = folder
-        self.port = free_port()
+        self.port = port or free_port()
         self.base = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "serve_graph.cli", "serve"]
         command += ["--config", str(write_config(folder, **args)), "--port", str(self.port)]
@@ -121,6 +122,15 @@ class RunningService:
         titled = [p for p in self.family() if f"ServeReplica:wan:{deployment}" in " ".join(p.cmdline())]
         assert len(titled) == 1, [p.cmdline() for p in self.family()]
         return titled[0]
+
+    def kill(self) -> None:
+        """End every process of it at once, as a power cut does."""
+        everyone = [*self.family(), psutil.Process(self.process.pid)]
+        for process in everyone:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(everyone, STOP_TIMEOUT_S)
+        self.stop()
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal, wait, return the exit code."""

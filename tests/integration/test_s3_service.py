@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from openai import OpenAI
 from s3_servers.ministack import BUCKETS
 from s3_servers.process import S3Server
 
@@ -52,6 +53,19 @@ def test_generate_answers_the_bucket_s_own_url_and_its_bytes(on_s3: RunningServi
     redirect = httpx.get(f"{on_s3.base}/outputs/{clip.clip_id}", follow_redirects=False)
     assert redirect.status_code == 307
     assert httpx.get(redirect.headers["location"]).content == answer.content
+
+
+@pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
+def test_openai_s_client_downloads_from_the_bucket(on_s3: RunningService, server: S3Server) -> None:
+    with OpenAI(base_url=on_s3.base + "/v1", api_key="any") as sdk:
+        video = sdk.videos.create_and_poll(prompt="a red circle moving left")
+        clip = sdk.videos.download_content(video.id)
+        thumbnail = sdk.videos.download_content(video.id, variant="thumbnail")
+        assert str(clip.response.url).startswith(f"{server.endpoint}/{BUCKET}/clips/")
+        assert (clip.content[4:8], thumbnail.content[:2]) == (b"ftyp", b"\xff\xd8")
+        assert thumbnail.response.headers["content-type"] == "image/jpeg"
+        assert sdk.videos.delete(video.id).deleted
+    assert httpx.get(str(thumbnail.response.url)).status_code == 404
 
 
 def test_bucket_s_url_is_refused_once_changed_or_expired(on_s3: RunningService) -> None:

@@ -24,7 +24,9 @@ def modules_of(folder: str) -> list[str]:
     return [f"{folder.replace('/', '.')}.{file.stem}" for file in files if file.stem != "__init__"]
 
 
-@pytest.mark.parametrize("folder", ["schemas", "storage", "serve_graph/api", "serve_graph/webhooks"])
+@pytest.mark.parametrize(
+    "folder", ["schemas", "storage", "serve_graph/api", "serve_graph/webhooks", "serve_graph/client"]
+)
 def test_importing_all_of_a_package_loads_no_ray_and_no_model_library(folder: str) -> None:
     modules = modules_of(folder)
 
@@ -37,6 +39,7 @@ def test_importing_all_of_a_package_loads_no_ray_and_no_model_library(folder: st
     [
         *("serve_graph.jobs", "serve_graph.health", "serve_graph.settings", "serve_graph.stores", "serve_graph.logs"),
         *("serve_graph.metrics", "serve_graph.prompts", "serve_graph.proxy", "serve_graph.server", "serve_graph.cli"),
+        *("serve_graph.doctor", "serve_graph.batch_run"),
     ],
 )
 def test_importing_a_ray_free_module_loads_no_ray_and_no_model_library(module: str) -> None:

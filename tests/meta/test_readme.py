@@ -10,8 +10,9 @@ from pydantic import BaseModel
 
 import serve_graph
 from schemas.errors import Unavailable
+from serve_graph.cli import app
 from serve_graph.metrics import PROBLEMS, describe
-from serve_graph.settings import ENV_PREFIX, SECRET_NAMES, Settings
+from serve_graph.settings import CLIENT_NAMES, ENV_PREFIX, SECRET_NAMES, Settings
 
 PROJECT = Path(serve_graph.__file__).parents[1]
 TARGET = re.compile(r"^([a-z][a-z0-9-]*):", re.MULTILINE)
@@ -49,8 +50,8 @@ def test_readme_names_every_setting_and_its_variable(words: set[str], path: tupl
     assert ENV_PREFIX + "__".join(path).upper() in words
 
 
-@pytest.mark.parametrize("name", sorted(SECRET_NAMES))
-def test_readme_names_every_secret(words: set[str], name: str) -> None:
+@pytest.mark.parametrize("name", sorted(SECRET_NAMES | CLIENT_NAMES))
+def test_readme_names_every_secret_and_the_client_s_variables(words: set[str], name: str) -> None:
     assert name in words
 
 
@@ -67,6 +68,11 @@ def test_readme_names_every_problem(words: set[str], name: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_readme_names_every_make_target(target: str) -> None:
     assert re.search(rf"\bmake {target}\b", (PROJECT / "README.md").read_text())
+
+
+@pytest.mark.parametrize("command", [command.name or command.callback.__name__ for command in app.registered_commands])
+def test_readme_names_every_command(command: str) -> None:
+    assert re.search(rf"`{command}\b|wan-serve {command}\b", (PROJECT / "README.md").read_text())
 
 
 def test_there_are_settings_metrics_and_targets_to_look_for() -> None:

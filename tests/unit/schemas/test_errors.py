@@ -9,13 +9,19 @@ import pytest
 import schemas.errors
 from schemas.errors import (
     PROBLEM_TYPE_PREFIX,
+    BatchNotFound,
     BodyTooLarge,
+    ClipGone,
     ClipNotFound,
+    DeadlineExceeded,
     FieldError,
     Forbidden,
+    IdempotencyMismatch,
     InternalError,
     InvalidRequest,
     JobCancelled,
+    JobGone,
+    JobNotEnded,
     JobNotFound,
     MethodNotAllowed,
     ModelNotReady,
@@ -29,6 +35,7 @@ from schemas.errors import (
     RecordedFailure,
     RenderFailed,
     RouteNotFound,
+    RunTimeExceeded,
     ShuttingDown,
     StoreFull,
     StoreUnavailable,
@@ -53,6 +60,12 @@ SAMPLES = [
     MethodNotAllowed("a detail"),
     ClipNotFound(),
     JobNotFound(),
+    BatchNotFound(),
+    ClipGone(),
+    JobGone(),
+    JobNotEnded(),
+    IdempotencyMismatch(),
+    RunTimeExceeded(3600.0),
     BodyTooLarge(65_536),
     UrlInvalid(),
     UrlExpired(),
@@ -67,6 +80,7 @@ SAMPLES = [
     ShuttingDown("a detail"),
     StoreUnavailable("a detail"),
     WorkerLost("a detail", 1),
+    DeadlineExceeded(2.5),
     StoreFull(),
     OutOfMemory(),
     RenderFailed("a detail"),
@@ -170,6 +184,10 @@ def test_prompt_too_long_names_both_numbers() -> None:
     assert "600" in error.detail
     assert "512" in error.detail
     assert [field_error.field for field_error in error.errors] == ["negative_prompt"]
+
+
+def test_deadline_exceeded_names_the_deadline() -> None:
+    assert "2.5" in DeadlineExceeded(2.5).detail
 
 
 def test_recorded_failure_answers_with_the_recorded_problem_under_the_new_request_id() -> None:

@@ -8,13 +8,21 @@ import jsonschema
 import pytest
 from pydantic import ValidationError
 
-from schemas.requests import MAX_PROMPT_CHARS, MAX_SEED, MAX_URL_TTL_S, GenerateRequest, url_ttl
+from schemas.requests import (
+    MAX_DEADLINE_S,
+    MAX_PROMPT_CHARS,
+    MAX_SEED,
+    MAX_URL_TTL_S,
+    GenerateRequest,
+    GenerationParameters,
+    url_ttl,
+)
 
 HUGE = 10**400
 """An integer that JSON may hold and no float can."""
 
 INTS = ["num_frames", "width", "height", "fps", "seed", "num_inference_steps", "url_ttl_s"]
-FLOATS = ["duration", "guidance_scale", "flow_shift"]
+FLOATS = ["duration", "guidance_scale", "flow_shift", "deadline_s"]
 
 
 def refusals(document: dict[str, Any]) -> dict[str, str]:
@@ -143,6 +151,20 @@ def test_request_refuses_a_url_that_lives_longer_than_s3_allows() -> None:
 @pytest.mark.parametrize("value", [1, 0, "true", "yes", []])
 def test_request_refuses_anything_but_a_boolean_for_reproducible(value: object) -> None:
     assert refusals(a_request(reproducible=value)) == {"reproducible": "bool_type"}
+
+
+@pytest.mark.parametrize("value", ["", "HIGH", "urgent", 1, None, True, ["high"]])
+def test_request_refuses_anything_but_a_class_for_priority(value: object) -> None:
+    assert refusals(a_request(priority=value)) == {"priority": "literal_error"}
+
+
+@pytest.mark.parametrize("value", [0, -1.5, MAX_DEADLINE_S + 1])
+def test_request_refuses_a_deadline_that_is_over_or_too_far_off(value: float) -> None:
+    assert set(refusals(a_request(deadline_s=value))) == {"deadline_s"}
+
+
+def test_whose_turn_it_is_does_not_belong_to_what_the_output_depends_on() -> None:
+    assert {"priority", "deadline_s"}.isdisjoint(GenerationParameters.model_fields)
 
 
 @pytest.mark.parametrize("field", ["resolution", "aspect_ratio"])

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from support import CLIP_BYTES, PATIENCE_S, PROGRESS, PUBLIC_URL, STAGES_S, Jobs, LogLines, open_jobs
 
 from schemas.errors import (
+    ClipGone,
     ClipNotFound,
     InternalError,
     InvalidRequest,
@@ -31,7 +32,7 @@ from schemas.errors import (
     WanError,
     WorkerLost,
 )
-from schemas.jobs import JobState, clip_id_of
+from schemas.jobs import Job, JobState, clip_id_of
 from schemas.official_profiles import WAN_TINY
 from schemas.requests import GenerateRequest
 from serve_graph.jobs.service import MAX_RETRY_AFTER_S
@@ -474,16 +475,16 @@ async def test_an_end_that_can_not_be_recorded_is_told_to_the_waiter(
     assert_nothing_is_left(jobs)
 
 
-async def test_a_job_of_a_process_that_is_gone_is_a_lost_worker(jobs: Jobs) -> None:
+async def test_a_job_of_another_process_is_waited_for(jobs: Jobs) -> None:
     gate = jobs.worker.gates["running"]
     gate.close()
     record = await jobs.service.submit(REQUEST, "request-1")
     await gate.reached()
-    with open_jobs(jobs.store.folder) as other, pytest.raises(WorkerLost):
-        await other.service.wait(record.job_id)
-
-    gate.open()
-    await jobs.service.wait(record.job_id)
+    with open_jobs(jobs.store.folder) as other:
+        waiting = asyncio.create_task(other.service.wait(record.job_id))
+        assert (await other.service.job(record.job_id)).state is JobState.RUNNING
+        gate.open()
+        assert (await waiting).job_id == record.job_id
 
 
 # ---- cancellation
@@ -497,7 +498,7 @@ async def test_cancel_of_a_queued_job_ends_it(tmp_path: Path) -> None:
         queued = await jobs.service.submit(REQUEST, "request-2")
         await gate.reached()
 
-        jobs.service.cancel(queued.job_id)
+        await jobs.service.cancel(queued.job_id)
         problem = await ended(jobs, queued.job_id)
         assert problem.name == "job-cancelled"
         stored = jobs.record(queued.job_id)
@@ -512,16 +513,18 @@ async def test_cancel_of_a_queued_job_ends_it(tmp_path: Path) -> None:
 async def test_cancel_ends_a_job_whose_task_has_not_begun(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id = "job_" + "1" * 32
     set_queue = jobs.metrics.set_queue
+    cancelling: list[asyncio.Task[Job]] = []
 
     def set_queue_and_cancel(*args: int) -> None:  # called right after the job's task was made
         set_queue(*args)
-        jobs.service.cancel(job_id)
+        cancelling.append(asyncio.create_task(jobs.service.cancel(job_id)))
 
-    monkeypatch.setattr("serve_graph.jobs.new_job_id", lambda: job_id)
+    monkeypatch.setattr("serve_graph.jobs.service.new_job_id", lambda: job_id)
     monkeypatch.setattr(jobs.metrics, "set_queue", set_queue_and_cancel)
     await jobs.service.submit(REQUEST, "request-1")
 
     assert (await ended(jobs, job_id)).name == "job-cancelled"
+    assert {(await task).state for task in cancelling} == {JobState.CANCELLED}
     assert jobs.record(job_id).state is JobState.CANCELLED
     assert_nothing_is_left(jobs)
 
@@ -536,7 +539,7 @@ async def test_cancel_ends_a_job_in_any_stage(jobs: Jobs, stage: str, states: li
     record = await jobs.service.submit(REQUEST, "request-1")
     await gate.reached()
 
-    jobs.service.cancel(record.job_id)
+    await jobs.service.cancel(record.job_id)
     problem = await ended(jobs, record.job_id)
     assert problem.name == "job-cancelled"
     stored = jobs.record(record.job_id)
@@ -553,10 +556,12 @@ async def test_cancel_waits_for_the_write_that_is_under_way(jobs: Jobs, state: J
     record = await jobs.service.submit(REQUEST, "request-1")
     await jobs.store.reached(state)
 
-    jobs.service.cancel(record.job_id)
+    cancelling = asyncio.create_task(jobs.service.cancel(record.job_id))
     waiter = asyncio.create_task(ended(jobs, record.job_id))
+    await asyncio.sleep(0)
     jobs.store.release(state)
     assert (await waiter).name == "job-cancelled"
+    assert (await cancelling).state is JobState.CANCELLED
     assert jobs.store.recorded[-2:] == [state, JobState.CANCELLED]
     assert_nothing_is_left(jobs)
 
@@ -566,10 +571,12 @@ async def test_cancel_during_the_terminal_write_comes_too_late(jobs: Jobs, log: 
     record = await jobs.service.submit(REQUEST, "request-1")
     await jobs.store.reached(JobState.SUCCEEDED)
 
-    jobs.service.cancel(record.job_id)
+    cancelling = asyncio.create_task(jobs.service.cancel(record.job_id))
     waiter = asyncio.create_task(jobs.service.wait(record.job_id))
+    await asyncio.sleep(0)
     jobs.store.release(JobState.SUCCEEDED)
     assert (await waiter).job_id == record.job_id
+    assert (await cancelling).state is JobState.SUCCEEDED
     assert jobs.store.recorded[-1] is JobState.SUCCEEDED
     assert jobs.record(record.job_id).state is JobState.SUCCEEDED
     assert [line["state"] for line in log.of("job")] == ["succeeded"]
@@ -581,33 +588,37 @@ async def test_cancel_twice_has_one_outcome(jobs: Jobs, log: LogLines) -> None:
     record = await jobs.service.submit(REQUEST, "request-1")
     await gate.reached()
 
-    jobs.service.cancel(record.job_id)
-    jobs.service.cancel(record.job_id)
+    await jobs.service.cancel(record.job_id)
+    await jobs.service.cancel(record.job_id)
     assert (await ended(jobs, record.job_id)).name == "job-cancelled"
-    jobs.service.cancel(record.job_id)
+    await jobs.service.cancel(record.job_id)
     assert jobs.store.recorded.count(JobState.CANCELLED) == 1
     assert [line["state"] for line in log.of("job")] == ["cancelled"]
     assert gauge(jobs.registry, "wan_jobs_total", outcome="cancelled", error="job-cancelled") == 1
 
 
-async def test_cancel_of_an_unknown_or_ended_job_does_nothing(jobs: Jobs) -> None:
+async def test_cancel_of_an_ended_job_answers_its_end_and_of_an_unknown_one_404(jobs: Jobs) -> None:
     record = await jobs.service.submit(REQUEST, "request-1")
     clip = await jobs.service.wait(record.job_id)
 
-    jobs.service.cancel(record.job_id)
-    jobs.service.cancel("job_" + "0" * 32)
+    assert (await jobs.service.cancel(record.job_id)).state is JobState.SUCCEEDED
+    with pytest.raises(JobNotFound):
+        await jobs.service.cancel("job_" + "0" * 32)
     assert await jobs.service.wait(record.job_id) == clip
 
 
-async def test_cancel_that_can_not_be_recorded_is_told_to_the_waiter(jobs: Jobs) -> None:
+async def test_cancel_that_can_not_be_recorded_is_told_to_both(jobs: Jobs) -> None:
     jobs.store.failures[JobState.CANCELLED] = StoreUnavailable("the disk reports an error")
     gate = jobs.worker.gates["running"]
     gate.close()
     record = await jobs.service.submit(REQUEST, "request-1")
     await gate.reached()
 
-    jobs.service.cancel(record.job_id)
-    assert (await ended(jobs, record.job_id)).name == "store-unavailable"
+    waiter = asyncio.create_task(ended(jobs, record.job_id))
+    await asyncio.sleep(0)
+    with pytest.raises(RecordedFailure):
+        await jobs.service.cancel(record.job_id)
+    assert (await waiter).name == "store-unavailable"
     assert_nothing_is_left(jobs)
 
 
@@ -694,18 +705,22 @@ async def test_drain_refuses_new_jobs_and_lets_running_ones_end(jobs: Jobs) -> N
     assert_nothing_is_left(jobs)
 
 
-async def test_drain_cancels_what_is_late(tmp_path: Path) -> None:
+async def test_drain_hands_back_what_is_late_and_tells_who_waits(tmp_path: Path) -> None:
     with open_jobs(tmp_path / "store", max_dispatched_jobs=1) as jobs:
         gate = jobs.worker.gates["running"]
         gate.close()
         records = [await jobs.service.submit(REQUEST, f"request-{n}") for n in range(3)]
         await gate.reached()
 
+        waiters = [asyncio.create_task(jobs.service.wait(record.job_id)) for record in records]
+        await asyncio.sleep(0)
         await jobs.service.drain(0)
-        for record in records:
-            assert jobs.record(record.job_id).state is JobState.CANCELLED
-            problem = await ended(jobs, record.job_id)
-            assert (problem.name, problem.status, problem.retry_after_s) == ("shutting-down", 503, 5)
+        for record, waiter in zip(records, waiters, strict=True):
+            stored = jobs.record(record.job_id)
+            assert (stored.state, stored.lease) == (JobState.QUEUED, None)
+            with pytest.raises(ShuttingDown):
+                await waiter
+        assert clips(jobs) == []
         assert_nothing_is_left(jobs)
 
 
@@ -861,7 +876,7 @@ async def test_a_later_url_ends_with_its_clip(tmp_path: Path) -> None:
             body = finished.model_copy(update={"at": older}).model_dump_json().encode()
             jobs.store.put(key, body)
             if left is None:
-                with pytest.raises(ClipNotFound):
+                with pytest.raises(ClipGone):
                     await jobs.service.clip_url(record.clip_id)
                 continue
             expires_in = (await jobs.service.clip_url(record.clip_id)).expires_at - jobs.clock()

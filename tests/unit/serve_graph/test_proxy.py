@@ -49,11 +49,13 @@ def body(content: bytes, more: bool = False) -> Message:
     return {"type": "http.response.body", "body": content, "more_body": more}
 
 
-async def ask(app: ASGIApp, method: str = "POST", request_id: str | None = ID) -> httpx.Response:
+async def ask(
+    app: ASGIApp, method: str = "POST", request_id: str | None = ID, path: str = "/generate"
+) -> httpx.Response:
     transport = httpx.ASGITransport(app=wrapped(app), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://wan.test") as http:
         headers = {} if request_id is None else {"x-request-id": request_id}
-        return await http.request(method, "/generate", headers=headers)
+        return await http.request(method, path, headers=headers)
 
 
 async def sent_by(app: ASGIApp, method: str = "GET") -> list[Message]:
@@ -230,3 +232,20 @@ async def test_what_is_not_http_passes_as_it_is(middleware: Any) -> None:
     arguments = ({"type": "lifespan"}, object(), object())
     await middleware(app)(*arguments)
     assert passed == [arguments]
+
+
+@pytest.mark.parametrize(("status", "answered"), [(404, 503), (429, 429), (500, 503)])
+async def test_an_error_of_the_proxy_under_v1_has_openai_s_form(status: int, answered: int) -> None:
+    app = scripted(start(status, "text/plain"), body(LEAK.encode()))
+    answer = await ask(app, path="/v1/videos")
+    assert (answer.status_code, answer.headers["content-type"]) == (answered, "application/json")
+    assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
+    assert LEAK not in answer.text
+    assert int(answer.headers["retry-after"]) >= 1
+    assert answer.headers.get_list("x-request-id") == [ID]
+
+
+async def test_an_openai_error_of_the_application_passes() -> None:
+    app = scripted(start(404, "application/json"), body(b'{"error": {}}'))
+    answer = await ask(app, path="/v1/videos")
+    assert (answer.status_code, answer.content) == (404, b'{"error": {}}')

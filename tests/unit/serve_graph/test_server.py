@@ -1,5 +1,6 @@
 """Reading a Serve config file, and what is told before anything starts."""
 
+import json
 import os
 import socket
 import subprocess
@@ -234,3 +235,15 @@ def test_token_file_is_a_start_s_own_and_private(tmp_path: Path) -> None:
     assert first != second
     assert first.read_text() != second.read_text()
     assert first.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_ready_line_names_the_places(capsys: pytest.CaptureFixture[str], as_json: bool) -> None:
+    server._tell_ready("http://x:1", 2.34, as_json)
+
+    (line,) = capsys.readouterr().out.splitlines()
+    if as_json:
+        told = json.loads(line)
+        assert (told["ready"], told["docs"], told["start_s"]) == ("http://x:1", "http://x:1/docs", 2.3)
+    else:
+        assert line.startswith("ready in 2.3 s: http://x:1  docs http://x:1/docs  health ")

@@ -8,7 +8,15 @@ import pytest
 from pydantic import ValidationError
 
 from schemas.official_profiles import PROFILES
-from serve_graph.settings import SECRET_NAMES, ConfigError, Secrets, Settings, read_settings, webhook_signer
+from serve_graph.settings import (
+    CLIENT_NAMES,
+    SECRET_NAMES,
+    ConfigError,
+    Secrets,
+    Settings,
+    read_settings,
+    webhook_signer,
+)
 from serve_graph.webhooks.policy import WebhookPolicy
 
 SECRET = "correct horse battery staple"
@@ -78,6 +86,13 @@ def test_read_settings_refuses_an_unknown_setting_by_name(args: dict[str, Any], 
 
     assert message == named
     assert SECRET not in message
+
+
+@pytest.mark.parametrize("name", sorted(CLIENT_NAMES))
+def test_read_settings_lets_the_client_s_variables_be(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "anything")
+
+    assert read_settings({}).model.profile == "wan-tiny"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from schemas.jobs import clip_id_of, new_job_id
-from storage.keys import MAX_KEY_CHARS, check_key, clip_key, job_key, parse_clip_key
+from storage.keys import (
+    MAX_KEY_CHARS,
+    check_key,
+    clip_key,
+    clip_prefix,
+    job_key,
+    output_key,
+    parse_clip_key,
+    parse_output_key,
+    thumbnail_key,
+)
 from storage.store import InvalidKey
 
 CLIP_ID = "clip_" + "0123456789abcdef" * 2
@@ -116,3 +126,26 @@ def test_parse_clip_key_takes_only_what_clip_key_makes(key: str) -> None:
 
 def test_job_key_names_the_record() -> None:
     assert job_key(JOB_ID) == f"jobs/{JOB_ID}.json"
+
+
+def test_thumbnail_lies_beside_its_clip_where_a_delete_finds_it() -> None:
+    clip = clip_key(CLIP_ID, "token-1_B")
+    key = thumbnail_key(clip)
+    assert key == f"clips/{CLIP_ID}/token-1_B.jpg"
+    assert check_key(key).startswith(clip_prefix(CLIP_ID, "token-1_B"))
+    with pytest.raises(InvalidKey):
+        thumbnail_key(key)
+
+
+@pytest.mark.parametrize("name", ["token.mp4", "token.jpg"])
+def test_output_key_round_trips(name: str) -> None:
+    key = output_key(CLIP_ID, name)
+    assert parse_output_key(key) == (CLIP_ID, name)
+
+
+@pytest.mark.parametrize(
+    "name", ["token", "token.png", "token.jpg.mp4", "a/b.jpg", "../b.jpg", ".jpg", "token.JPG", ""]
+)
+def test_output_key_refuses_everything_else(name: str) -> None:
+    with pytest.raises(InvalidKey):
+        output_key(CLIP_ID, name)

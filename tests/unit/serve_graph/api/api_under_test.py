@@ -3,11 +3,13 @@
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import httpx
+import numpy as np
 from fastapi import FastAPI
 from support import PUBLIC_URL, Jobs, LogLines, open_jobs
 
@@ -18,9 +20,10 @@ from serve_graph.api.app import create_api
 from serve_graph.api.auth import Authenticator
 from serve_graph.api.clip_files import SignedClips
 from serve_graph.api.routes import Service
+from serve_graph.encode import Mp4Writer
 from serve_graph.health import HealthMonitor
 from serve_graph.metrics import merge, snapshot
-from serve_graph.settings import Settings
+from serve_graph.settings import EncodeSettings, Settings
 from serve_graph.stores import LocalFiles
 
 MAX_BODY_BYTES = 64 * 1024
@@ -58,10 +61,15 @@ class Api:
 
 @asynccontextmanager
 async def open_api(
-    folder: Path, log: LogLines, *, authenticator: Authenticator | None = None, cors_origins: Sequence[str] = ()
+    folder: Path,
+    log: LogLines,
+    *,
+    authenticator: Authenticator | None = None,
+    cors_origins: Sequence[str] = (),
+    clip_retention: timedelta | None = None,
 ) -> AsyncIterator[Api]:
     """A service for 3 waiting jobs, one of them dispatched at a time."""
-    with open_jobs(folder, max_waiting_jobs=3, max_dispatched_jobs=1) as jobs:
+    with open_jobs(folder, max_waiting_jobs=3, max_dispatched_jobs=1, clip_retention=clip_retention) as jobs:
         probe = ScriptedProbe()
         monitor = HealthMonitor(Settings(), probe, jobs.store, jobs.service, jobs.executor)
 
@@ -75,6 +83,7 @@ async def open_api(
             max_body_bytes=MAX_BODY_BYTES,
             authenticator=authenticator,
             cors_origins=cors_origins,
+            clip_retention=clip_retention,
             signed_clips=SignedClips(LocalFiles(jobs.store, jobs.presigner), jobs.executor),
         )
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
@@ -93,3 +102,13 @@ async def send_raw(api: Api, method: str, target: str, headers: dict[str, str] |
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url=PUBLIC_URL) as http:
         return await http.request(method, "/", headers=headers)
+
+
+def small_mp4(folder: Path) -> bytes:
+    """A real clip of two frames of 112x64, a red one and a blue one."""
+    frames = np.zeros((2, 64, 112, 3), np.uint8)
+    frames[0, ..., 0] = frames[1, ..., 2] = 255
+    path = folder / "small.mp4"
+    with Mp4Writer(path, width=112, height=64, fps=8, settings=EncodeSettings(), metadata={}) as writer:
+        writer.write(frames)
+    return path.read_bytes()

@@ -11,7 +11,7 @@ from support import LogLines
 
 from schemas.errors import Problem
 from serve_graph.api.auth import Authenticator
-from serve_graph.api_keys import ApiKeys, Role, new_key
+from serve_graph.api_keys import ApiKeys, Principal, Role, new_key
 
 ALICE, ALICE_LINE = new_key("alice")
 BOB, BOB_LINE = new_key("bob", max_waiting_jobs=1, requests_per_minute=5)
@@ -96,7 +96,7 @@ async def test_a_running_job_of_another_is_a_404(api: Api) -> None:
 
     problem_of(await api.http.get(f"/jobs/{job['job_id']}", headers=bearer(BOB)), 404, "job-not-found")
     api.jobs.worker.gates["prepare"].open()
-    await api.jobs.service.wait(job["job_id"])
+    await api.jobs.service.wait(job["job_id"], Principal("alice"))
 
 
 async def test_a_monitor_s_key_reads_and_makes_nothing(api: Api) -> None:
@@ -116,8 +116,8 @@ async def test_a_key_s_waiting_jobs_are_limited_and_no_one_else_s(api: Api) -> N
     assert (first.status_code, other.status_code) == (202, 202)
     assert problem_of(refused, 429, "quota-exceeded").retry_after_s is not None
     api.jobs.worker.gates["prepare"].open()
-    for answer in (first, other):
-        await api.jobs.service.wait(answer.json()["job_id"])
+    for answer, name in ((first, "bob"), (other, "alice")):
+        await api.jobs.service.wait(answer.json()["job_id"], Principal(name))
     assert (await api.http.post("/generate", json=BODY, headers=bearer(BOB))).status_code == 200
 
 
@@ -197,7 +197,9 @@ async def test_the_document_asks_for_a_key_where_the_service_does(tmp_path: Path
         paths = document["paths"].items()
         return {path for path, item in paths for operation in item.values() if "security" in operation}
 
-    made = {"/generate", "/jobs/{job_id}", "/outputs/{clip_id}", "/models"}
+    jobs = {"/generate", "/jobs", "/jobs/{job_id}", "/jobs/{job_id}/events", "/jobs/{job_id}/cancel"}
+    videos = {"/v1/videos", "/v1/videos/{video_id}", "/v1/videos/{video_id}/content"}
+    made = {*jobs, *videos, "/outputs/{clip_id}", "/models"}
     assert asking((await api.http.get("/openapi.json")).json()) == made
     closed = Authenticator(KEYS, protect_monitoring=True)
     async with open_api(tmp_path / "closed", log, authenticator=closed) as protected:

@@ -272,7 +272,7 @@ async def test_generate_takes_a_body_of_the_largest_size(api: Api) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        *("/", "/nothing", "/generate/x", "/Generate", "/jobs", "/jobs/", "/outputs", "/outputs/", "/health/nothing"),
+        *("/", "/nothing", "/generate/x", "/Generate", "/jobs/", "/outputs", "/outputs/", "/health/nothing"),
         *("/generate/", "/health/", "/metrics/", "//health", "/.env", "/static-offline-docs/nothing.js"),
         *("/static-offline-docs/../../schemas/errors.py", "/static-offline-docs/%2e%2e/app.py"),
     ],
@@ -292,7 +292,7 @@ async def test_unknown_routes_are_not_found(api: Api, path: str) -> None:
         ("POST", "/health", {"GET"}),
         ("DELETE", "/models", {"GET"}),
         ("POST", "/outputs/clip_" + "0" * 32, {"GET", "HEAD"}),
-        ("PATCH", "/jobs/job_" + "0" * 32, {"GET"}),
+        ("PATCH", "/jobs/job_" + "0" * 32, {"DELETE", "GET"}),
         ("PROPFIND", "/metrics", {"GET"}),
     ],
 )

@@ -163,9 +163,7 @@ async def test_a_body_beyond_16_mib_is_refused(api: Api, announced: bool) -> Non
 async def test_the_same_key_answers_the_same_batch(api: Api) -> None:
     body = {"requests": [request(0)]}
     first = await post(api, body, **{"Idempotency-Key": "k"})
-    again = await api.http.post(
-        "/batches", content=json.dumps(request(0)), headers={**NDJSON, "Idempotency-Key": "k"}
-    )
+    again = await api.http.post("/batches", content=json.dumps(request(0)), headers={**NDJSON, "Idempotency-Key": "k"})
     assert again.json()["batch_id"] == first.json()["batch_id"]
     other = await post(api, {"requests": [request(1)]}, **{"Idempotency-Key": "k"})
     problem_of(other, 422, "idempotency-mismatch")

@@ -88,7 +88,7 @@ async def test_generate_makes_its_urls_from_the_public_address_and_not_from_the_
 
 @pytest.mark.parametrize(
     "prefer",
-    ["respond-async", "Respond-Async", "wait=10, respond-async", "respond-async;x=1", "foo,respond-async ,bar"],
+    ["respond-async", "Respond-Async", "wait=soon, respond-async", "respond-async;x=1", "foo,respond-async ,bar"],
 )
 async def test_generate_answers_the_job_at_once_when_asked_to(api: Api, prefer: str) -> None:
     gate = api.jobs.worker.gates["prepare"]

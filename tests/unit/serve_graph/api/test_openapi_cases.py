@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import support
 import uvicorn
-from api_under_test import open_api
+from api_under_test import open_api, small_mp4
 from openapi_fuzz.run import fuzz
 from support import LogLines
 
@@ -20,9 +21,10 @@ MIN_CASES = 2_000
 
 
 @pytest.fixture
-def base_url(tmp_path: Path) -> Iterator[str]:
+def base_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The API on a loopback port, in a thread with a loop of its own."""
     servers: list[uvicorn.Server] = []
+    monkeypatch.setattr(support, "CLIP_BYTES", small_mp4(tmp_path))  # something to make thumbnails of
 
     async def serve(listener: socket.socket) -> None:
         async with open_api(tmp_path / "store", LogLines()) as api:
@@ -47,6 +49,6 @@ def test_every_answer_is_as_documented(base_url: str, tmp_path: Path, tell: Call
     outcome = fuzz(base_url, tmp_path, MAX_EXAMPLES)
     tell("OpenAPI cases", f"the API in process: {outcome.cases} in {outcome.seconds:.0f} s")
     assert outcome.passed, outcome.output
-    assert outcome.operations == 9
+    assert outcome.operations == 18
     assert outcome.cases >= MIN_CASES
     assert not [name for name, number in outcome.accepted.items() if number == 0], outcome.accepted

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,9 +93,11 @@ class Served:
     async def ended(self, batch_id: str, principal: Principal = NOBODY) -> Batch:
         """The batch, once it has ended."""
         async with asyncio.timeout(PATIENCE_S):
-            while (batch := await self.service.batches.batch(batch_id, principal)).state != "ended":
+            while True:
+                batch = await self.service.batches.batch(batch_id, principal)
+                if batch.state == "ended":
+                    return batch
                 await asyncio.sleep(0.02)
-        return batch
 
     async def results(self, batch_id: str, principal: Principal = NOBODY) -> list[BatchResult]:
         return [result async for result in self.service.batches.results(batch_id, principal)]
@@ -139,3 +141,10 @@ async def sent(requests: Iterable[Sent]) -> AsyncIterator[Sent]:
 
 async def submit(served: Served, requests: Iterable[Sent], principal: Principal = NOBODY, **more: Any) -> Batch:
     return await served.service.submit_batch(sent(requests), "request-1", principal, **more)
+
+
+async def until(holds: Callable[[], object]) -> None:
+    """Wait for something that nothing tells of."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not holds():  # noqa: ASYNC110  # see above
+            await asyncio.sleep(0.005)

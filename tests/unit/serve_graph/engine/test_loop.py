@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry
 from torch.utils.hooks import RemovableHandle
 
 from schemas.errors import JobCancelled, OutOfMemory, RenderFailed, ShuttingDown, StoreFull, WanError, WorkerLost
-from schemas.handoff import PreparedPrompt, Started, TextEmbedding
+from schemas.handoff import PreparedPrompt, Standing, Started, TextEmbedding
 from schemas.jobs import Progress
 from serve_graph.engine.checkpoint import GeneratorParts, load_generator_parts
 from serve_graph.engine.job import Denoised, EngineEvent, Failed, Finished
@@ -208,6 +208,155 @@ def test_engine_gives_a_reproducible_job_the_same_bits_alone_and_among_seven_str
     assert forward_batches.count(8) == 2 * 2  # the strangers had gone along with the leader for two steps
 
 
+# Taking turns
+
+
+class Turns:
+    """The jobs in the order of their units of work, and where each ended: ["a", "a", "b", "b ends", …]."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+
+    def of(self, name: str, then: Callable[[EngineEvent], None] = lambda event: None) -> Callable[[EngineEvent], None]:
+        def on_event(event: EngineEvent) -> None:
+            if isinstance(event, Progress):
+                self.log.append(name)
+            elif isinstance(event, Finished | Failed):
+                self.log.append(f"{name} ends")
+            then(event)
+
+        return on_event
+
+
+@pytest.fixture
+def turns() -> Turns:
+    return Turns()
+
+
+def at_once(name: str, num_units: int) -> list[str]:
+    return [*[name] * num_units, f"{name} ends"]
+
+
+@pytest.mark.parametrize("max_jobs_in_flight", [1, 2])
+def test_engine_lets_a_short_job_overtake_a_long_one_at_the_next_step_even_where_no_slot_is_free(
+    make_engine: "MakeEngine", make_probe: "MakeProbe", turns: Turns, max_jobs_in_flight: int
+) -> None:
+    engine = make_engine(max_jobs_in_flight=max_jobs_in_flight)
+    short = make_probe("short", num_inference_steps=2, on_event=turns.of("short"))
+    long = make_probe(
+        "long", width=112, num_inference_steps=20, on_event=turns.of("long", at_step(3, submit_all(engine, [short])))
+    )
+
+    engine.submit(long.job)
+
+    assert_finished(short, long)
+    assert turns.log == ["long"] * 3 + at_once("short", 2 + 3) + at_once("long", 17 + 3)
+
+
+def test_engine_under_fifo_lets_a_short_job_wait_for_a_long_one(
+    make_engine: "MakeEngine", make_probe: "MakeProbe", turns: Turns
+) -> None:
+    engine = make_engine(policy="fifo")
+    short = make_probe("short", num_inference_steps=2, on_event=turns.of("short"))
+    long = make_probe(
+        "long", width=112, num_inference_steps=20, on_event=turns.of("long", at_step(3, submit_all(engine, [short])))
+    )
+
+    engine.submit(long.job)
+
+    assert_finished(short, long)
+    assert turns.log == at_once("long", 20 + 3) + at_once("short", 2 + 3)
+
+
+def test_engine_lets_a_short_job_overtake_between_two_chunks_of_a_long_decode(
+    engine: "Engine", make_probe: "MakeProbe", turns: Turns
+) -> None:
+    short = make_probe("short", num_inference_steps=1, on_event=turns.of("short"))
+    bring_the_short = at_step(2, submit_all(engine, [short]), stage="decode")
+    long = make_probe("long", num_frames=81, num_inference_steps=1, on_event=turns.of("long", bring_the_short))
+
+    engine.submit(long.job)
+
+    assert_finished(short, long)
+    assert turns.log == ["long"] * 3 + at_once("short", 1 + 3) + at_once("long", 19)
+
+
+def test_engine_lets_a_long_job_of_a_higher_class_overtake(
+    engine: "Engine", make_probe: "MakeProbe", turns: Turns
+) -> None:
+    urgent = make_probe(
+        "urgent", width=112, num_inference_steps=9, standing=Standing("high"), on_event=turns.of("urgent")
+    )
+    first = make_probe("first", on_event=turns.of("first", at_step(1, submit_all(engine, [urgent]))))
+
+    engine.submit(first.job)
+
+    assert_finished(first, urgent)
+    assert turns.log == ["first", *at_once("urgent", 9 + 3), *at_once("first", 3 + 3)]
+
+
+def test_engine_lets_nobody_overtake_a_job_that_is_overdue(
+    engine: "Engine", make_probe: "MakeProbe", turns: Turns
+) -> None:
+    others = [
+        make_probe("short", num_inference_steps=1, on_event=turns.of("short")),
+        make_probe("urgent", num_inference_steps=1, standing=Standing("high"), on_event=turns.of("urgent")),
+    ]
+    overdue = make_probe(
+        "overdue",
+        width=112,
+        num_inference_steps=9,
+        standing=Standing("low", overdue_in_s=-1.0),
+        on_event=turns.of("overdue", at_step(1, submit_all(engine, others))),
+    )
+
+    engine.submit(overdue.job)
+
+    assert_finished(overdue, *others)
+    assert turns.log[: 9 + 3 + 1] == at_once("overdue", 9 + 3)
+
+
+def test_engine_gives_a_job_that_is_passed_over_the_bits_that_it_has_alone(
+    engine: "Engine", make_probe: "MakeProbe"
+) -> None:
+    alone = make_probe("alone", num_frames=17, num_inference_steps=6, reproducible=True)
+    engine.submit(alone.job)
+    assert_finished(alone)
+    shorts = [make_probe(f"short-{i}", num_inference_steps=1, seed=i) for i in range(2)]
+    bring_one, bring_another = (
+        at_step(2, submit_all(engine, [shorts[0]])),
+        at_step(1, submit_all(engine, [shorts[1]]), stage="decode"),
+    )
+
+    def bring_them(event: EngineEvent) -> None:
+        bring_one(event)
+        bring_another(event)
+
+    passed = make_probe("passed", num_frames=17, num_inference_steps=6, reproducible=True, on_event=bring_them)
+    engine.submit(passed.job)
+
+    assert_finished(passed, *shorts)
+    assert torch.equal(passed.latents, alone.latents)
+    assert np.array_equal(passed.frames, alone.frames)
+
+
+def test_engine_counts_the_devices_time_for_a_job_without_the_turns_of_others(
+    engine: "Engine", make_probe: "MakeProbe"
+) -> None:
+    short = make_probe("short", num_inference_steps=6)
+    long = make_probe(width=112, num_inference_steps=30, on_event=at_step(1, submit_all(engine, [short])))
+
+    engine.submit(long.job)
+
+    assert_finished(short, long)
+    told, told_of_short = long.events[-1], short.events[-1]
+    assert isinstance(told, Finished)
+    assert isinstance(told_of_short, Finished)
+    shorts_s = told_of_short.denoise_device_s + told_of_short.decode_device_s
+    assert 0 < told.denoise_device_s <= told.denoise_s - shorts_s
+    assert 0 < told.decode_device_s <= told.decode_s
+
+
 # Telling
 
 
@@ -328,6 +477,21 @@ def test_engine_cancels_a_decoding_job_within_one_unit(
     assert isinstance(error_of(probe), JobCancelled)
     assert len(probe.chunks) == 1
     assert registry.get_sample_value("wan_wasted_steps_total") == 4
+
+
+def test_engine_cancels_a_job_that_is_passed_over_within_one_unit(
+    engine: "Engine", make_probe: "MakeProbe", turns: Turns
+) -> None:
+    short = make_probe("short", on_event=turns.of("short", at_step(2, lambda: engine.cancel("long"))))
+    long = make_probe(
+        "long", width=112, num_inference_steps=20, on_event=turns.of("long", at_step(1, submit_all(engine, [short])))
+    )
+
+    engine.submit(long.job)
+
+    assert_finished(short)
+    assert isinstance(error_of(long), JobCancelled)
+    assert turns.log == ["long", "short", "short", "long ends", *at_once("short", 2 + 3)]
 
 
 def test_engine_cancels_a_job_that_is_just_being_admitted(engine: "Engine", make_probe: "MakeProbe") -> None:
