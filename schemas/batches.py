@@ -58,6 +58,41 @@ class BatchCounts(BaseModel):
     cancelled: int
 
 
+class BatchCancel(BaseModel):
+    """That a batch was cancelled: what has not begun never does."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int = 1
+    cancelled_at: datetime
+
+
+class BatchSummary(BaseModel):
+    """How a batch has ended; written once."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int = 1
+    counts: BatchCounts
+    ended_at: datetime
+
+
+class BatchTombstone(BaseModel):
+    """What is left of a deleted batch, in its manifest's place: enough to answer 410, and to never render it again.
+
+    One object for all of its jobs: their ids lead to it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int = 1
+    batch_id: str
+    principal: str
+    created_at: datetime
+    deleted_at: datetime
+    request_digest: str
+
+
 class Batch(BaseModel):
     """A batch as clients see it."""
 

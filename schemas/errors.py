@@ -12,6 +12,7 @@
     ├── BatchNotFound           404  batch-not-found
     ├── ClipGone                410  clip-gone            deleted, or past its retention
     ├── JobGone                 410  job-gone             deleted, or past its retention
+    ├── BatchGone               410  batch-gone           past its retention
     ├── JobNotEnded             409  job-not-ended        only an ended job can be deleted
     ├── IdempotencyMismatch     422  idempotency-mismatch  the Idempotency-Key was used for another request
     ├── BodyTooLarge            413  body-too-large
@@ -19,7 +20,7 @@
     ├── UrlExpired              403  url-expired
     ├── RangeNotSatisfiable     416  range-not-satisfiable
     ├── QueueFull               429  queue-full           Retry-After
-    ├── QuotaExceeded           429  quota-exceeded       as many jobs of this API key wait as may; Retry-After
+    ├── QuotaExceeded           429  quota-exceeded       as many jobs or batches of this API key as may; Retry-After
     ├── RateLimited             429  rate-limited         this API key's requests per minute; Retry-After
     ├── JobCancelled            409  job-cancelled
     ├── Unavailable             503  unavailable
@@ -46,6 +47,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 PROBLEM_TYPE_PREFIX = "urn:wan-serve:problem:"
+
+MAX_MISTAKES_IN_DETAIL = 32
+"""A batch can have thousands; `errors` has all of them."""
 
 
 class FieldError(BaseModel):
@@ -136,7 +140,9 @@ class InvalidRequest(WanError):
 
     @property
     def detail(self) -> str:
-        return "; ".join(f"{error.field}: {error.message}" for error in self.errors)
+        told = "; ".join(f"{error.field}: {error.message}" for error in self.errors[:MAX_MISTAKES_IN_DETAIL])
+        more = len(self.errors) - MAX_MISTAKES_IN_DETAIL
+        return f"{told}; and {more} more" if more > 0 else told
 
 
 class PromptTooLong(WanError):
@@ -235,6 +241,15 @@ class JobGone(WanError):
         super().__init__(detail)
 
 
+class BatchGone(WanError):
+    name = "batch-gone"
+    title = "The batch was deleted"
+    status = 410
+
+    def __init__(self, detail: str = "this batch was deleted, or its time is over") -> None:
+        super().__init__(detail)
+
+
 class JobNotEnded(WanError):
     name = "job-not-ended"
     title = "The job has not ended"
@@ -323,14 +338,14 @@ class QueueFull(WanError):
 
 
 class QuotaExceeded(WanError):
-    """As many jobs of one API key wait as may."""
+    """As many jobs, or batches, of one API key wait as may."""
 
     name = "quota-exceeded"
-    title = "Too many jobs of this API key are waiting"
+    title = "Too much of this API key is waiting"
     status = 429
 
-    def __init__(self, max_waiting_jobs: int, retry_after_s: int) -> None:
-        Exception.__init__(self, max_waiting_jobs, retry_after_s)
+    def __init__(self, allowed: int, retry_after_s: int, what: str = "jobs") -> None:
+        Exception.__init__(self, allowed, retry_after_s, what)
 
     @property
     def retry_after_s(self) -> int:
@@ -338,7 +353,8 @@ class QuotaExceeded(WanError):
 
     @property
     def detail(self) -> str:
-        return f"{self.args[0]} jobs of this API key are waiting already; try again in {self.args[1]} s"
+        allowed, seconds, what = self.args
+        return f"{allowed} {what} of this API key are waiting already; try again in {seconds} s"
 
 
 class RateLimited(WanError):

@@ -232,6 +232,11 @@ def batch_id_from(digest: str) -> str:
     return _BATCH_PREFIX + digest[:32]
 
 
+def is_batch_id(job_or_batch_id: str) -> bool:
+    """Whether an id is a batch's and not a job's."""
+    return job_or_batch_id.startswith(_BATCH_PREFIX)
+
+
 def item_id(batch_id: str, index: int) -> str:
     """The job id of the prompt at `index` (from 0) of a batch."""
     return f"{_JOB_PREFIX}{batch_id.removeprefix(_BATCH_PREFIX)}-{index:05d}"

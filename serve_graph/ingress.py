@@ -61,6 +61,7 @@ class Ingress:
                 max_clip_pixels=settings.engine.max_clip_pixels,
                 policy=settings.queue.policy,
                 max_stretch=settings.queue.max_stretch,
+                max_batches=settings.queue.max_batches,
             ),
             patiences=Patiences(
                 worker_s=settings.queue.worker_patience_s,

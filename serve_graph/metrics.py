@@ -118,6 +118,9 @@ _WEBHOOKS = _counter(
     "outcome",
 )
 
+_BATCHES = _counter("wan_batches_total", "Batches that ended.", "outcome")
+_BATCHES_RUNNING = _gauge("wan_batches_running", "Batches that have not ended.")
+_BATCH_JOBS_WAITING = _gauge("wan_batch_jobs_waiting", "Jobs of batches that have not begun.")
 _ENCODE = _histogram("wan_prompt_encode_seconds", _SHORT_S, "Seconds the text encoder took for one batch.")
 _ENCODE_BATCH = _histogram("wan_prompt_encode_batch_size", _BATCH_SIZES, "Texts in one text encoder batch.")
 _CACHE_HITS = _counter("wan_embedding_cache_hits_total", "Texts whose embedding was in the cache.")
@@ -140,6 +143,7 @@ _DEVICE_MEMORY = _gauge("wan_device_memory_used_bytes", "Bytes of the accelerato
 FAMILIES: Final = (
     *(_HTTP_REQUESTS, _HTTP_DURATION, _JOBS, _JOB_DURATION, _JOB_STAGE, _JOB_RETRIES),
     *(_JOBS_WAITING, _JOBS_RUNNING, _QUEUE_CAPACITY, _WEBHOOKS),
+    *(_BATCHES, _BATCHES_RUNNING, _BATCH_JOBS_WAITING),
     *(_ENCODE, _ENCODE_BATCH, _CACHE_HITS, _CACHE_MISSES, _CACHE_BYTES, _PROMPT_TOKENS),
     *(_STEP, _STEP_BATCH, _FORWARDS, _IN_FLIGHT, _WASTED_STEPS),
     *(_UPLOAD_BYTES, _UPLOAD_ERRORS, _MODEL_INFO, _DEVICE_MEMORY),
@@ -183,6 +187,9 @@ class IngressMetrics:
         self._running = _JOBS_RUNNING.gauge(registry)
         self._capacity = _QUEUE_CAPACITY.gauge(registry)
         self._webhooks = _WEBHOOKS.counter(registry)
+        self._batches = _BATCHES.counter(registry)
+        self._batches_running = _BATCHES_RUNNING.gauge(registry)
+        self._batch_jobs_waiting = _BATCH_JOBS_WAITING.gauge(registry)
         self._routes: set[str] = set()
         self._start_at_zero()
 
@@ -219,6 +226,15 @@ class IngressMetrics:
         self._running.set(running)
         self._capacity.set(capacity)
 
+    def set_batches(self, running: int, jobs_waiting: int) -> None:
+        """Set how many batches have not ended, and how many of their jobs have not begun."""
+        self._batches_running.set(running)
+        self._batch_jobs_waiting.set(jobs_waiting)
+
+    def batch_ended(self, *, cancelled: bool) -> None:
+        """Record one batch's end."""
+        self._batches.labels("cancelled" if cancelled else "completed").inc()
+
     def _route_label(self, route: str | None) -> str:
         if route is None or (route not in self._routes and len(self._routes) >= MAX_ROUTES):
             return UNMATCHED
@@ -228,6 +244,8 @@ class IngressMetrics:
     def _start_at_zero(self) -> None:
         """Expose the failures worth an alert before the first one, or `increase()` never sees that one."""
         self._jobs.labels(JobState.SUCCEEDED.value, "")
+        for outcome in ("completed", "cancelled"):
+            self._batches.labels(outcome)
         for name, status in PROBLEMS.items():
             if status >= 500:
                 self._jobs.labels(JobState.FAILED.value, name)

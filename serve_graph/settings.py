@@ -120,6 +120,9 @@ class QueueSettings(_Section):
         default=2, ge=0, description="Jobs handed to the generator beyond its slots, so that it never idles."
     )
     drain_timeout_s: float = Field(default=60.0, ge=0, description="How long running jobs may finish at a stop.")
+    max_batches: int = Field(
+        default=64, ge=1, description="Batches of one API key that have not ended; beyond it, a 429."
+    )
     lease_s: float = Field(
         default=20.0,
         gt=0,

@@ -24,6 +24,7 @@ from schemas.webhooks import WebhookDelivery
 from storage.keys import (
     active_key,
     active_prefix,
+    batch_cancel_key,
     batch_done_key,
     clip_key,
     clip_prefix,
@@ -184,15 +185,19 @@ class JobRecords:
         """The record with something else changed than its state. Writes nothing."""
         return record.model_copy(update={**changes})
 
-    def write(self, changed: JobRecord | Tombstone, etag: str, *, again: bool = False) -> str:
+    def write(self, changed: JobRecord | Tombstone, etag: str | None, *, again: bool = False) -> str:
         """Put what `moved` or `amended` made in the place of the version with this ETag. Returns the new ETag.
 
+        etag: None for a job of a batch that has no record yet; the record is created then.
         again: an earlier try at the same write had no answer, so it may be there already.
 
         Raises PreconditionFailed: another process changed or deleted the record meanwhile. Nothing was written.
         """
         try:
-            return self._store.put(job_key(changed.job_id), _encode(changed), if_match=etag).etag
+            if etag is None and isinstance(changed, JobRecord):
+                return self.create(changed)
+            key, body = job_key(changed.job_id), _encode(changed)
+            return self._store.put(key, body, if_match=etag, if_none_match=etag is None).etag
         except PreconditionFailed:
             if again:
                 with suppress(JobNotFound, Deleted):
@@ -214,16 +219,32 @@ class JobRecords:
         Doing it twice changes nothing.
         """
         item, entry = item_of(record.job_id), entry_of(record)
-        done = done_key(record.principal, record.state, entry) if item is None else batch_done_key(*item, record.state)
-        self._store.put(done, b"")
+        if item is None:
+            self._store.put(done_key(record.principal, record.state, entry), b"")
+        else:
+            self.file_item(record.job_id, record.state)
         if not record.awaits_webhook and (item is None or record.webhook is not None):
             self._store.delete(active_key(record.principal, entry))
+
+    def file_item(self, job_id: str, state: JobState) -> None:
+        """Give an ended job of a batch its place among the batch's ended ones. Doing it twice changes nothing."""
+        item = item_of(job_id)
+        if item is not None:
+            self._store.put(batch_done_key(*item, state), b"")
 
     def forget_entry(self, found: ActiveEntry) -> None:
         """Delete an active entry that leads nowhere."""
         self._store.delete(active_key(*found))
 
-    def delete(self, record: JobRecord, etag: str) -> None:
+    def batch_is_cancelled(self, batch_id: str) -> bool:
+        """Whether a cancel of the batch is on record."""
+        try:
+            self._store.stat(batch_cancel_key(batch_id))
+        except ObjectNotFound:
+            return False
+        return True
+
+    def delete(self, record: JobRecord, etag: str | None) -> None:
         """Delete an ended job: first a tombstone in the record's place, then its clips, then its place in the index.
 
         Raises PreconditionFailed, IllegalTransition; nothing was deleted.

@@ -7,9 +7,13 @@ active/{principal}/{time}-{id}                  a job or batch that somebody has
 done/{principal}/{state}/{t}/{im}/{e}-{job_id}  a job that has ended, until it is forgotten
 batches/{batch_id}/manifest.jsonl               what a batch is made of
 batches/{batch_id}/done/{index}.{state}         a job of a batch that has ended
+batches/{batch_id}/cancel.json                  that a batch was cancelled
+batches/{batch_id}/summary.json                 how a batch has ended
+batch-index/{principal}/{t}/{im}/{e}-{batch_id} a batch, from its creation until it is forgotten
 
-`time` is the moment of creation counted down, so that ascending keys are newest first. In `done` its eleven digits
-are three segments, so that no folder of a local store grows with the history: the last one holds four seconds.
+`time` is the moment of creation counted down, so that ascending keys are newest first. In `done` and
+`batch-index` its eleven digits are three segments, so that no folder of a local store grows with the history: the
+last one holds four seconds.
 """
 
 import re
@@ -30,6 +34,7 @@ _CLIP: Final = re.compile(rf"clips/(clip_{ID_PATTERN})/([A-Za-z0-9_-]{{1,64}})\.
 _OUTPUT: Final = re.compile(rf"clips/(clip_{ID_PATTERN})/([A-Za-z0-9_-]{{1,64}}\.(?:mp4|jpg))")
 _BATCH_ID: Final = re.compile(BATCH_ID_PATTERN)
 _ENTRY: Final = re.compile(rf"[0-9a-f]{{11}}-(?:job_{ID_PATTERN}|{BATCH_ID_PATTERN})")
+_ITEM_RECORD: Final = re.compile(r"jobs/job_[0-9a-f]{32}-([0-9]{5})\.json")
 _DONE_ITEM: Final = re.compile(r".*/([0-9]{5})\.([a-z]+)")
 
 _LAST_MS: Final = 16**11 - 1
@@ -153,10 +158,20 @@ def done_key(principal: str, state: JobState, entry: str) -> str:
     return done_prefix(principal, state) + _in_folders(entry)
 
 
+def batch_index_prefix(principal: str) -> str:
+    """Where one principal's batches are listed."""
+    return f"batch-index/{_principal_segment(principal)}/"
+
+
+def batch_index_key(principal: str, entry: str) -> str:
+    """The key of an entry of the index of batches."""
+    return batch_index_prefix(principal) + _in_folders(entry)
+
+
 def entry_of_key(key: str) -> str:
-    """The entry that a key of one of the two indexes names. Raises InvalidKey."""
+    """The entry that a key of one of the three indexes names. Raises InvalidKey."""
     first, *rest = key.split("/")
-    entry = "".join(rest[1:]) if first == "active" else "".join(rest[2:])
+    entry = "".join(rest[2:]) if first == "done" else "".join(rest[1:])
     entry_id(entry)
     return entry
 
@@ -183,6 +198,34 @@ def _principal_segment(principal: str) -> str:
 def batch_manifest_key(batch_id: str) -> str:
     """The key of a batch's manifest. Raises InvalidKey for anything but `batch_` and 32 hex digits."""
     return f"batches/{_checked_batch(batch_id)}/manifest.jsonl"
+
+
+def batch_cancel_key(batch_id: str) -> str:
+    """The key of the object that says that a batch was cancelled. Raises InvalidKey."""
+    return f"batches/{_checked_batch(batch_id)}/cancel.json"
+
+
+def batch_summary_key(batch_id: str) -> str:
+    """The key of the object that says how a batch has ended. Raises InvalidKey."""
+    return f"batches/{_checked_batch(batch_id)}/summary.json"
+
+
+def item_records_prefix(batch_id: str) -> str:
+    """What the keys of the records of a batch's jobs begin with. Raises InvalidKey."""
+    return f"jobs/job_{_checked_batch(batch_id).removeprefix('batch_')}-"
+
+
+def item_clips_prefix(batch_id: str) -> str:
+    """What the keys of the clips of a batch's jobs begin with. Raises InvalidKey."""
+    return f"clips/clip_{_checked_batch(batch_id).removeprefix('batch_')}-"
+
+
+def index_of_record_key(key: str) -> int:
+    """The place in its batch of the job whose record lies here. Raises InvalidKey."""
+    match = _ITEM_RECORD.fullmatch(key)
+    if match is None:
+        raise InvalidKey
+    return int(match[1])
 
 
 def batch_done_prefix(batch_id: str) -> str:

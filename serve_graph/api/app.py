@@ -9,8 +9,10 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 
+from schemas.batches import MAX_BATCH_BYTES
 from schemas.model_profile import ModelProfile
 from serve_graph.api.auth import Authenticator
+from serve_graph.api.batch_routes import BATCHES, batch_routes
 from serve_graph.api.clip_files import SignedClips, clip_file_routes
 from serve_graph.api.job_routes import job_routes
 from serve_graph.api.middleware import RequestMiddleware
@@ -62,8 +64,12 @@ def create_api(
     _document_own_errors_only(app)
     authenticator = authenticator or Authenticator(None, protect_monitoring=False)
     all_routes = [*app.routes]  # the documentation's; an included router hides its own
-    routers = [routes(service, profile, authenticator), job_routes(service.jobs, authenticator)]
-    routers.append(openai_routes(service.jobs, service.health, profile, authenticator, clip_retention))
+    routers = [
+        routes(service, profile, authenticator),
+        job_routes(service.jobs, authenticator),
+        batch_routes(service.jobs, service.health, profile, authenticator),
+        openai_routes(service.jobs, service.health, profile, authenticator, clip_retention),
+    ]
     if signed_clips is not None:
         routers.append(clip_file_routes(signed_clips))
     for router in routers:
@@ -75,6 +81,7 @@ def create_api(
         routes=all_routes,
         metrics=metrics,
         max_body_bytes=max_body_bytes,
+        streamed={BATCHES: MAX_BATCH_BYTES},
         echo_request_id=echo_request_id,
         authenticator=authenticator,
     )

@@ -40,11 +40,13 @@ def job_routes(jobs: JobService, authenticator: Authenticator) -> APIRouter:
     async def list_jobs(
         request: Request,
         state: Annotated[JobState | None, Query(description="Only jobs in this state.")] = None,
+        batch: Annotated[str | None, Query(description="The jobs of this batch.")] = None,
         limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 20,
         after: Annotated[str | None, Query(description="`next_cursor` of the page before.")] = None,
     ) -> JobPage:
-        """This API key's jobs, newest first; those of batches are not among them."""
-        return await jobs.jobs(context_of(request.scope).principal, state=state, limit=limit, after=after)
+        """This API key's jobs, newest first, without those of batches; or one batch's, in the order of submission."""
+        principal = context_of(request.scope).principal
+        return await jobs.jobs(principal, state=state, batch_id=batch, limit=limit, after=after)
 
     @router.get(
         "/jobs/{job_id}",

@@ -6,7 +6,7 @@ Plain ASGI, since Starlette's `BaseHTTPMiddleware` hides a client's disconnect f
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.routing import BaseRoute, Match
@@ -32,6 +32,7 @@ class RequestMiddleware:
     """Wraps the whole application; see the module's docstring.
 
     routes: the application's, to name the route of a request that ends before it is routed.
+    streamed: routes that read their body themselves, by template, and how many bytes each takes.
     echo_request_id: put the id on the answer; off where a proxy in front does.
     """
 
@@ -42,6 +43,7 @@ class RequestMiddleware:
         routes: Sequence[BaseRoute],
         metrics: IngressMetrics,
         max_body_bytes: int,
+        streamed: Mapping[str, int],
         echo_request_id: bool,
         authenticator: Authenticator,
     ) -> None:
@@ -49,6 +51,7 @@ class RequestMiddleware:
         self._routes = routes
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
+        self._streamed = streamed
         self._echo_request_id = echo_request_id
         self._authenticator = authenticator
 
@@ -70,7 +73,13 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            context.principal = self._authenticator.principal(scope, self._template(scope))
+            route = self._template(scope)
+            context.principal = self._authenticator.principal(scope, route)
+            limit = self._streamed.get(route or "")
+            if limit is not None and scope["method"] == "POST":
+                _check_announced(scope, limit)
+                await self._app(scope, _bounded(receive, limit), send_with_id)
+                return
             body = await self._read_body(scope, receive)
             if body is not None:
                 await self._app(scope, _replay(body, receive), send_with_id)
@@ -116,9 +125,7 @@ class RequestMiddleware:
 
         None when the client went away before it had sent all of it.
         """
-        announced = Headers(scope=scope).get("content-length", "")
-        if announced.isascii() and announced.isdigit() and int(announced[:12]) > self._max_body_bytes:
-            raise BodyTooLarge(self._max_body_bytes)
+        _check_announced(scope, self._max_body_bytes)
         messages: deque[Message] = deque()
         size = 0
         while True:
@@ -139,6 +146,27 @@ def _challenge(scope: Scope, failure: WanError) -> dict[str, str] | None:
         return None
     error = ', error="invalid_token"' if "authorization" in Headers(scope=scope) else ""
     return {"WWW-Authenticate": f'Bearer realm="wan-serve"{error}'}
+
+
+def _check_announced(scope: Scope, max_bytes: int) -> None:
+    announced = Headers(scope=scope).get("content-length", "")
+    if announced.isascii() and announced.isdigit() and int(announced[:12]) > max_bytes:
+        raise BodyTooLarge(max_bytes)
+
+
+def _bounded(receive: Receive, max_bytes: int) -> Receive:
+    """The body as it comes in. Raises BodyTooLarge in whoever reads too much of it."""
+    size = 0
+
+    async def bounded() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > max_bytes:
+            raise BodyTooLarge(max_bytes)
+        return message
+
+    return bounded
 
 
 def _replay(messages: deque[Message], receive: Receive) -> Receive:

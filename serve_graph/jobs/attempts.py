@@ -92,7 +92,11 @@ class Attempts:
 
     async def _attempt(self, live: LiveJob) -> RenderedClip:
         taken = time.monotonic()
-        _, prompt = await asyncio.gather(self._recorder.claim(live), self._worker.prepare(live.record.parameters))
+        if live.etag is None:  # of a batch: other processes may be at it, and encoding a text is work
+            await self._recorder.claim(live)
+            prompt = await self._worker.prepare(live.record.parameters)
+        else:
+            _, prompt = await asyncio.gather(self._recorder.claim(live), self._worker.prepare(live.record.parameters))
         prepared = started = time.monotonic()
         record = live.record
         task = RenderTask(

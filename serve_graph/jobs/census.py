@@ -1,4 +1,7 @@
-"""How many jobs this process has in hand, whose they are and whether they run. Its cost does not grow with them."""
+"""How many jobs this process has in hand, whose they are and whether they run. Its cost does not grow with them.
+
+Jobs of batches count while they run; those that wait don't take the place of other jobs in line.
+"""
 
 from collections import Counter
 
@@ -12,30 +15,28 @@ class Census:
         self.submitting: Counter[str] = Counter()
         self._waiting: Counter[str] = Counter()
         self._running: set[str] = set()
-        self._total = 0
+        self._num_waiting = 0
 
     def came(self, live: LiveJob) -> None:
         """A job that waits."""
-        self._total += 1
-        self._waiting[live.record.principal] += 1
+        self._count_waiting(live, 1)
 
     def moved(self, live: LiveJob) -> None:
         """It may have got a slot of the engine, or lost it."""
-        principal, ran = live.record.principal, live.job_id in self._running
+        ran = live.job_id in self._running
         if live.started and not ran:
             self._running.add(live.job_id)
-            self._waiting[principal] -= 1
+            self._count_waiting(live, -1)
         elif ran and not live.started:
             self._running.discard(live.job_id)
-            self._waiting[principal] += 1
+            self._count_waiting(live, 1)
 
     def went(self, live: LiveJob) -> None:
         """This process has it no longer in hand."""
-        self._total -= 1
         if live.job_id in self._running:
             self._running.discard(live.job_id)
         else:
-            self._waiting[live.record.principal] -= 1
+            self._count_waiting(live, -1)
         if not self._waiting[live.record.principal]:
             del self._waiting[live.record.principal]
 
@@ -47,8 +48,13 @@ class Census:
     @property
     def waiting(self) -> int:
         """All others."""
-        return self._total - len(self._running) + self.submitting.total()
+        return self._num_waiting + self.submitting.total()
 
     def waiting_of(self, principal: str) -> int:
         """One principal's jobs that wait."""
         return self.submitting[principal] + self._waiting[principal]
+
+    def _count_waiting(self, live: LiveJob, change: int) -> None:
+        if live.record.batch_id is None:
+            self._num_waiting += change
+            self._waiting[live.record.principal] += change

@@ -10,6 +10,7 @@ class QueueLimits:
     """max_waiting_jobs: beyond it, QueueFull. max_dispatched_jobs: handed to the worker at once.
 
     policy, max_stretch: see `serve_graph.scheduling`.
+    max_batches: unfinished ones of one principal; beyond it, QuotaExceeded.
     max_clip_pixels: width x height x frames of one clip that fit into the device's memory; None: all that is legal.
     """
 
@@ -18,6 +19,7 @@ class QueueLimits:
     max_clip_pixels: int | None = None
     policy: Policy = "srpt"
     max_stretch: float = 1.5
+    max_batches: int = 64
 
 
 @dataclass(frozen=True)

@@ -54,14 +54,14 @@ class Line:
     def __iter__(self) -> Iterator[LiveJob]:
         return iter(list(self._waiting.values()))
 
-    def __contains__(self, job_id: str) -> bool:
+    def __contains__(self, job_id: object) -> bool:
         return job_id in self._waiting
 
     def join(self, live: LiveJob, deadline_left_s: float | None = None) -> None:
         """Put a job in line."""
         request, now = live.record.request, time.monotonic()
         live.own_s = self._model.seconds(work_of(live.record.parameters))
-        batch = live.record.batch_id
+        share = None if live.record.batch_id is None else live.record.principal
         live.turn = Turn.at_submission(
             now,
             own_s=live.own_s,
@@ -69,7 +69,7 @@ class Line:
             max_stretch=self._scheduling.max_stretch,
             priority=request.priority,
             deadline_s=deadline_left_s,
-            fair_start=None if batch is None else self._shares.enter(batch, live.own_s),
+            fair_start=None if share is None else self._shares.enter(share, live.own_s),
         )
         self._waiting[live.job_id] = self._came_since[live.job_id] = live
         self._waiting_s += live.own_s

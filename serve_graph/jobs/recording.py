@@ -43,24 +43,34 @@ class Recorder:
     async def claim(self, live: LiveJob) -> None:
         """Begin an attempt: `preparing`, under this process's lease. Raises Lost, JobCancelled.
 
-        The attempt's token is new unless it is the job's first.
+        The attempt's token is new unless it is the job's first. A job of a batch gets its record here. Whoever
+        ends a cancelled batch looks for such records once the cancel is written, so one made later has to see it.
         """
-        record = live.record
-        changes: JobChanges = {"lease": Lease(owner=self.owner)}
-        if JobState.PREPARING in record.at:
-            changes |= {"attempt_token": token_hex(8), "attempts": record.attempts + 1}
-        await self.move(live, JobState.PREPARING, **changes)
+        unbegun = live.etag is None
+
+        def changes(record: JobRecord) -> JobChanges:
+            lease = Lease(owner=self.owner)
+            if JobState.PREPARING not in record.at:
+                return {"lease": lease}
+            return {"lease": lease, "attempt_token": token_hex(8), "attempts": record.attempts + 1}
+
+        await self._move(live, JobState.PREPARING, changes)
+        batch_id = live.record.batch_id
+        if unbegun and batch_id is not None and await self.io(self.records.batch_is_cancelled, batch_id):
+            raise JobCancelled
 
     async def move(self, live: LiveJob, state: JobState, **changes: Unpack[JobChanges]) -> None:
         """Bring the job into its next state. A caller that is cancelled meanwhile leaves the write to finish.
 
         Raises Lost; JobCancelled where another process has asked for that and `state` ends nothing.
         """
+        await self._move(live, state, lambda _: changes)
 
+    async def _move(self, live: LiveJob, state: JobState, changes: Callable[[JobRecord], JobChanges]) -> None:
         async def write() -> None:
             async with live.writing:
                 while True:
-                    moved = self.records.moved(live.record, state, **changes)
+                    moved = self.records.moved(live.record, state, **changes(live.record))
                     try:
                         live.etag = await self._write(moved, live.etag)
                     except PreconditionFailed:
@@ -99,8 +109,6 @@ class Recorder:
         patience, again = Patience(self._patience_s), False
         while True:
             try:
-                if etag is None:
-                    return await self.io(self.records.create, moved)
                 return await self.io(lambda again=again: self.records.write(moved, etag, again=again))
             except StoreUnavailable:
                 if self.hurrying or not await patience.pause():

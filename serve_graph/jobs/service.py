@@ -11,13 +11,14 @@ import contextvars
 import hashlib
 import hmac
 import time
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from secrets import token_hex
 from typing import Any, TypeVar
 
+from schemas.batches import Batch
 from schemas.clips import Clip
 from schemas.errors import (
     ClipGone,
@@ -36,17 +37,31 @@ from schemas.errors import (
     QuotaExceeded,
     RecordedFailure,
     ShuttingDown,
+    StoreUnavailable,
     WanError,
 )
 from schemas.health import LastError, QueueHealth
-from schemas.jobs import Job, JobPage, JobRecord, JobState, RenderedClip, Tombstone, job_id_from, job_id_of, new_job_id
+from schemas.jobs import (
+    Job,
+    JobPage,
+    JobRecord,
+    JobState,
+    RenderedClip,
+    Tombstone,
+    item_of,
+    job_id_from,
+    job_id_of,
+    new_job_id,
+)
 from schemas.model_profile import ModelProfile
 from schemas.requests import GenerateRequest, GenerationParameters, url_ttl
 from schemas.webhooks import WebhookDelivery
 from serve_graph.api_keys import NOBODY, Principal
 from serve_graph.jobs.attempts import Attempts
+from serve_graph.jobs.batch_intake import Sent
+from serve_graph.jobs.batches import Batches
 from serve_graph.jobs.census import Census
-from serve_graph.jobs.following import Followers
+from serve_graph.jobs.following import LOOK_INTERVAL_S, Followers
 from serve_graph.jobs.limits import Patiences, QueueLimits
 from serve_graph.jobs.line import Line, Scheduling
 from serve_graph.jobs.live import LiveJob
@@ -115,7 +130,6 @@ class JobService:
         self._attempts = Attempts(
             worker, self._recorder, patiences, on_start=self._note_start, on_retry=self._note_retry
         )
-        self._sweeper = Sweeper(self._recorder, patiences, model=profile.name, jobs=self)
         self._live: dict[str, LiveJob] = {}
         self._line = Line(Scheduling(limits.max_dispatched_jobs, limits.policy, limits.max_stretch))
         self._census = Census()
@@ -125,6 +139,19 @@ class JobService:
         self._draining = False
         self._drained = asyncio.Event()
         self.last_error: LastError | None = None
+        self.batches = Batches(
+            self,
+            self._recorder,
+            worker,
+            self._views,
+            metrics,
+            patiences,
+            check=self._checked,
+            model=profile.name,
+            hash_secret=hash_secret,
+            max_batches=limits.max_batches,
+        )
+        self._sweeper = Sweeper(self._recorder, patiences, model=profile.name, jobs=self, batches=self.batches)
         self._tell_metrics()
 
     def start(self) -> None:
@@ -154,18 +181,11 @@ class JobService:
             known = await self._known(job_id, request)
             if known is not None:
                 return known
-        parameters = self._profile.resolve(request)
-        if request.webhook_url is not None:
-            check_webhook_url(request.webhook_url, self._webhook_policy)
-        self._refuse_url_beyond_clip(request)
-        self._refuse_beyond_memory(parameters)
-        cleaned = clean_prompt(parameters.prompt)
-        if not cleaned:
-            raise InvalidRequest([FieldError(field="prompt", message="is blank once it is cleaned as Wan does")])
+        parameters, fits = self._checked(request)
         self._admit(principal)
         self._census.submitting[principal.name] += 1  # until `_create` has made it a live job
         try:
-            if not self._surely_fits(cleaned, parameters):
+            if not fits:
                 await self._worker.check(parameters)
                 self._refuse_if_draining()
         except BaseException:
@@ -203,6 +223,21 @@ class JobService:
             raise
         return record
 
+    async def submit_batch(
+        self,
+        requests: AsyncIterator[Sent],
+        request_id: str,
+        principal: Principal = NOBODY,
+        *,
+        webhook_url: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> Batch:
+        """Check all requests and commit them as one batch. See `Batches.submit`; ShuttingDown at a stop."""
+        self._refuse_if_draining()
+        return await self.batches.submit(
+            requests, request_id, principal, webhook_url=webhook_url, idempotency_key=idempotency_key
+        )
+
     async def wait(self, job_id: str, principal: Principal = NOBODY) -> Clip:
         """Wait for a job to end, whoever runs it. Raises the problem it ended with; ShuttingDown at a stop."""
         live = self._live.get(job_id)
@@ -232,19 +267,24 @@ class JobService:
         principal: Principal = NOBODY,
         *,
         state: JobState | None = None,
+        batch_id: str | None = None,
         limit: int = 20,
         after: str | None = None,
         after_job: str | None = None,
     ) -> JobPage:
         """One page of this principal's jobs, newest first; those of batches are not among them.
 
+        batch_id: instead, those of this batch, in the order of submission. Raises BatchNotFound, BatchGone then.
         after: a page's `next_cursor`. after_job: instead of it, the id of the last job of the page before, which may
         have been deleted meanwhile. Raises InvalidRequest for a cursor that is none, JobNotFound.
         """
         if after_job is not None:
             after = entry_of(await self._record_or_tombstone(after_job, principal))
-        _check_cursor(after)
         states = tuple(JobState) if state is None else (state,)
+        if batch_id is not None:
+            items, cursor = await self.batches.page(batch_id, principal, states=states, limit=limit, after=after)
+            return JobPage(jobs=tuple(map(self._view, items)), next_cursor=cursor)
+        _check_cursor(after)
         found: list[JobRecord] = []
         more = True
         while more and len(found) < limit:
@@ -337,7 +377,7 @@ class JobService:
         """Cancel a job of this process whose client has gone, unless somebody else waits or may come back."""
         live = self._live.get(job_id)
         if live is not None and not live.record.idempotent and live.waiters == 0:
-            self._spawn(self._cancel_here(live))
+            self.spawn(self._cancel_here(live))
 
     def queue(self) -> QueueHealth:
         """How full the service is."""
@@ -349,6 +389,7 @@ class JobService:
         self._draining = True
         while self._creating:
             await asyncio.wait(list(self._creating.values()))
+        await self.batches.committed()
         for live in [live for live in self._line if live.waiters == 0]:
             self._leave(live)
         tasks = self._tasks()
@@ -382,7 +423,18 @@ class JobService:
     def adopt(self, record: JobRecord, etag: str) -> None:
         """Put a queued job in line that another process, or an earlier one, has recorded."""
         if not self._draining and record.job_id not in self._live:
-            self._enqueue(LiveJob(record, etag, began=time.monotonic()))
+            live = LiveJob(record, etag, began=time.monotonic())
+            self._enqueue(live)
+            if self.batches.took(record):  # and it was cancelled
+                self.cancel_live(live)
+
+    def live(self, job_id: str) -> LiveJob | None:
+        """The job, where this process has it in hand."""
+        return self._live.get(job_id)
+
+    def cancel_live(self, live: LiveJob) -> None:
+        """Cancel a job of this process without waiting for its end."""
+        self.spawn(self._cancel_here(live))
 
     def webhook_due_in_s(self, record: JobRecord) -> float | None:
         """Seconds until an ended job's webhook may be tried; None where there is none to deliver."""
@@ -394,6 +446,7 @@ class JobService:
             if record.attempts > 1:
                 await self._recorder.io(self._records.discard_lost_clips, record)
             await self._recorder.io(self._records.file_as_done, record)
+            self.batches.filed(record.job_id, record.state)
             if record.awaits_webhook:
                 told = await self._outbox.deliver(record, etag)
                 if not told.awaits_webhook:
@@ -419,6 +472,18 @@ class JobService:
         if record.request != request:
             raise IdempotencyMismatch
         return record
+
+    def _checked(self, request: GenerateRequest) -> tuple[GenerationParameters, bool]:
+        """Everything the output depends on, and whether no text can be too long. Raises InvalidRequest."""
+        parameters = self._profile.resolve(request)
+        if request.webhook_url is not None:
+            check_webhook_url(request.webhook_url, self._webhook_policy)
+        self._refuse_url_beyond_clip(request)
+        self._refuse_beyond_memory(parameters)
+        cleaned = clean_prompt(parameters.prompt)
+        if not cleaned:
+            raise InvalidRequest([FieldError(field="prompt", message="is blank once it is cleaned as Wan does")])
+        return parameters, self._surely_fits(cleaned, parameters)
 
     def _refuse_if_draining(self) -> None:
         if self._draining:
@@ -482,17 +547,28 @@ class JobService:
     def _enqueue(self, live: LiveJob) -> None:
         self._live[live.job_id] = live
         self._census.came(live)
+        self._join(live)
+        self.dispatch()
+        self._tell_metrics()
+
+    def dispatch(self) -> None:
+        """Let the next jobs go, as many as may be under way at once."""
+        while True:
+            for head in [] if self._draining else self.batches.heads(self._line):
+                self._live[head.job_id] = head
+                self._census.came(head)
+                self._join(head)
+            live = self._line.next()
+            if live is None:
+                return
+            live.task = asyncio.create_task(self._run(live), context=contextvars.Context())
+
+    def _join(self, live: LiveJob) -> None:
+        """Put a job in line, with its deadline."""
         left_s = self._deadline_left_s(live.record)
         self._line.join(live, left_s)
         if left_s is not None:
             live.expiry = asyncio.get_running_loop().call_later(left_s, self._expire, live)
-        self._dispatch()
-        self._tell_metrics()
-
-    def _dispatch(self) -> None:
-        """Let the next jobs go, as many as may be under way at once."""
-        while (live := self._line.next()) is not None:
-            live.task = asyncio.create_task(self._run(live), context=contextvars.Context())
 
     async def _run(self, live: LiveJob) -> None:
         """A job from its turn to its end. The boundary where every failure becomes the job's."""
@@ -524,19 +600,20 @@ class JobService:
                 await self._attempts.discard_clip(live)
         finally:
             self._let_go(live)
-            self._dispatch()
+            self.dispatch()
 
     def _let_go(self, live: LiveJob) -> None:
         """This process has the job no longer in hand."""
         del self._live[live.job_id]
         self._line.leave(live)
         self._census.went(live)
+        self.batches.went(live)
         if live.expiry is not None:
             live.expiry.cancel()
         live.ended.set()
         live.tell()
         if live.record.state.is_terminal and live.etag is not None and not (live.lost or live.unrecorded):
-            self._spawn(self.file(live.record, live.etag))
+            self.spawn(self.file(live.record, live.etag))
         self._tell_metrics()
 
     def _leave(self, live: LiveJob) -> None:
@@ -616,7 +693,7 @@ class JobService:
             await self._end(live, state, None, reason.problem(job_id=live.job_id))
         finally:
             self._let_go(live)
-            self._dispatch()
+            self.dispatch()
 
     async def _cancel_elsewhere(self, job_id: str, principal: Principal) -> JobRecord:
         """Cancel a job that this process has not in hand: by itself while it waits, else through its owner."""
@@ -634,7 +711,7 @@ class JobService:
                 continue
             record = changed
             if record.state.is_terminal:
-                self._spawn(self.file(record, etag))
+                self.spawn(self.file(record, etag))
             break
         try:
             async with asyncio.timeout(2 * self._patiences.renewal_s):
@@ -675,12 +752,36 @@ class JobService:
                         yield record, live
                 if not live.lost:
                     return
+                continue
+            async with aclosing(self._changes_unbegun(job_id, principal)) as unbegun:
+                async for record in unbegun:
+                    yield record, None
+                    if record.state.is_terminal:
+                        return
+            if job_id in self._live or self._drained.is_set():
+                continue
+            async with aclosing(self._changes_elsewhere(job_id, principal)) as elsewhere:
+                async for record in elsewhere:
+                    yield record, None
+            if record.state.is_terminal:
+                return
+
+    async def _changes_unbegun(self, job_id: str, principal: Principal) -> AsyncGenerator[JobRecord, None]:
+        """What there is to say of a batch's job before it has a record. Ends once it has one, or at a stop."""
+        shown = None
+        while item_of(job_id) is not None and job_id not in self._live and not self._drained.is_set():
+            try:
+                record, etag = await self._read(job_id, principal)
+            except StoreUnavailable:
+                if shown is None:
+                    raise
             else:
-                async with aclosing(self._changes_elsewhere(job_id, principal)) as elsewhere:
-                    async for record in elsewhere:
-                        yield record, None
-                if record.state.is_terminal:
+                if etag is not None:
                     return
+                if record.state is not shown:
+                    shown = record.state
+                    yield record
+            await asyncio.sleep(LOOK_INTERVAL_S)
 
     @staticmethod
     async def _changes_here(live: LiveJob) -> AsyncGenerator[JobRecord, None]:
@@ -722,10 +823,12 @@ class JobService:
             owned_tombstone(deleted.tombstone, principal)
             raise JobGone from deleted
 
-    async def _read(self, job_id: str, principal: Principal) -> tuple[JobRecord, str]:
-        """Raises JobNotFound, JobGone."""
+    async def _read(self, job_id: str, principal: Principal) -> tuple[JobRecord, str | None]:
+        """A record and its ETag; None for a job of a batch that has no record yet. Raises JobNotFound, JobGone."""
         try:
             record, etag = await self._recorder.io(self._records.get, job_id)
+        except JobNotFound:
+            return await self.batches.unbegun(job_id, principal), None
         except Deleted as deleted:
             owned_tombstone(deleted.tombstone, principal)
             raise JobGone from deleted
@@ -748,7 +851,8 @@ class JobService:
             record = live.record if live is not None else (await self._recorder.io(self._records.get, job_id))[0]
         except (JobNotFound, Deleted):
             return None
-        return record if entry_of(record) == entry else None
+        # A job of a batch has an entry of its own for its webhook; it is listed with its batch.
+        return record if entry_of(record) == entry and record.batch_id is None else None
 
     def _view(self, record: JobRecord, live: LiveJob | None = None) -> Job:
         live = live or self._live.get(record.job_id)
@@ -774,7 +878,7 @@ class JobService:
     def _tasks(self) -> Sequence[asyncio.Task[None]]:
         return [live.task for live in self._live.values() if live.task is not None]
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run something that nobody waits for but `drain`."""
         task = asyncio.create_task(work, context=contextvars.Context())
         self._filing.add(task)

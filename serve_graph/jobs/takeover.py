@@ -8,16 +8,19 @@ anything: containers are frozen and thawed, and clocks jump. Knows no worker and
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from schemas.errors import JobNotFound, WanError
-from schemas.jobs import JobRecord, JobState
+from schemas.jobs import JobRecord, JobState, Tombstone, is_batch_id
 from serve_graph.jobs.limits import Patiences
 from serve_graph.jobs.recording import Recorder
 from serve_graph.logs import log_event, log_failure
 from storage.job_records import ActiveEntry, Deleted, entry_of
 from storage.store import PreconditionFailed
+
+T = TypeVar("T")
 
 MAX_LOOKS = 1_000
 """Entries looked at in one sweep, oldest first, beyond those there is room for."""
@@ -43,6 +46,22 @@ class Jobs(Protocol):
     async def file(self, record: JobRecord, etag: str) -> None: ...
 
 
+class Batches(Protocol):
+    """What the sweeper needs of batches, and tells them."""
+
+    async def see(self, entry: ActiveEntry) -> None: ...
+
+    async def see_absent(self, active: Collection[str]) -> None: ...
+
+    def foreign(self) -> list[str]: ...
+
+    def not_begun(self, job_id: str) -> None: ...
+
+    async def file(self, record: JobRecord) -> None: ...
+
+    async def bury(self, tombstone: Tombstone) -> None: ...
+
+
 @dataclass
 class _Watched:
     """What the last looks at an entry have found. record: None where there was none."""
@@ -58,12 +77,13 @@ class Sweeper:
     model: jobs of other models are left to services that have these.
     """
 
-    def __init__(self, recorder: Recorder, patiences: Patiences, *, model: str, jobs: Jobs) -> None:
+    def __init__(self, recorder: Recorder, patiences: Patiences, *, model: str, jobs: Jobs, batches: Batches) -> None:
         self._recorder = recorder
         self._records = recorder.records
         self._patiences = patiences
         self._model = model
         self._jobs = jobs
+        self._batches = batches
         self._watched: dict[str, _Watched] = {}
         self._swept = False
 
@@ -82,18 +102,48 @@ class Sweeper:
     async def sweep(self) -> None:
         """Look at everything once. Raises StoreUnavailable."""
         entries = await self._recorder.io(lambda: sorted(self._records.active(), key=lambda e: e.entry, reverse=True))
-        others = [entry for entry in entries if not self._jobs.is_live(entry.id)]
+        batches = [entry for entry in entries if is_batch_id(entry.id)]
+        others = [entry for entry in entries if not is_batch_id(entry.id) and not self._jobs.is_live(entry.id)]
         others = others[: max(MAX_LOOKS, self._jobs.room())]
-        known = {entry.id for entry in others}
+        await self._batches.see_absent({entry.id for entry in batches})
+        await self._each(self._batches.see, batches)
+        items = [job_id for job_id in self._batches.foreign() if not self._jobs.is_live(job_id)][:MAX_LOOKS]
+        known = {entry.id for entry in others} | set(items)
         self._watched = {job_id: seen for job_id, seen in self._watched.items() if job_id in known}
-        looking = iter(others)
-
-        async def look() -> None:
-            for entry in looking:
-                await self._look(entry)
-
-        await asyncio.gather(*(look() for _ in range(LOOKERS)))
+        await self._each(self._look, others)
+        await self._each(self._look_at_item, items)
         self._swept = True
+
+    @staticmethod
+    async def _each(look: Callable[[T], Awaitable[None]], things: Sequence[T]) -> None:
+        """Look at several things at the same time."""
+        looking = iter(things)
+
+        async def some() -> None:
+            for thing in looking:
+                await look(thing)
+
+        await asyncio.gather(*(some() for _ in range(LOOKERS)))
+
+    async def _look_at_item(self, job_id: str) -> None:
+        """A job of a batch of this process, in somebody else's hands or with an end that is not filed yet."""
+        now, seen = time.monotonic(), self._watched.get(job_id)
+        try:
+            etag = await self._recorder.io(self._records.etag, job_id)
+            if seen is None or seen.etag != etag:
+                record, etag = await self._recorder.io(self._records.get, job_id)
+                seen = self._watched[job_id] = _Watched(record, etag, now)
+        except JobNotFound:
+            self._batches.not_begun(job_id)
+        except Deleted as deleted:
+            await self._batches.bury(deleted.tombstone)
+        else:
+            if self._jobs.is_live(job_id) or seen.record is None:
+                return
+            if seen.record.state.is_terminal:  # its webhook, if any, has an entry of its own
+                await self._batches.file(seen.record)
+            else:
+                await self._see_to(seen.record, etag, now - seen.since)
 
     async def _look(self, entry: ActiveEntry) -> None:
         now, seen = time.monotonic(), self._watched.get(entry.id)

@@ -1,5 +1,6 @@
 """What schemathesis can't know of this service; it imports this module by its name (`SCHEMATHESIS_HOOKS`)."""
 
+import json
 import os
 from functools import cache
 from itertools import count, cycle
@@ -62,6 +63,13 @@ def before_call(context: schemathesis.HookContext, case: schemathesis.Case, kwar
     if label == CLIP_FILE:
         case.query = dict(parse_qsl(signed.query))
         case.headers = {**(case.headers or {}), **next(_conditions)}
+
+
+@schemathesis.serializer("application/x-ndjson")
+def json_lines(context: schemathesis.SerializationContext, value: Any) -> bytes:
+    """A text as it is; what is none, as one line of JSON."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text.encode("utf-8", errors="surrogatepass")
 
 
 @schemathesis.check

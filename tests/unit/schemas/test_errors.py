@@ -72,6 +72,7 @@ SAMPLES = [
     RangeNotSatisfiable(1_234),
     QueueFull(8, 30),
     QuotaExceeded(2, 30),
+    QuotaExceeded(2, 30, "batches"),
     RateLimited(60, 30),
     JobCancelled(),
     Unavailable("a detail"),

@@ -1,0 +1,780 @@
+"""Batches: many prompts committed by one object, whose jobs begin one by one, wherever there is room.
+
+Of an unfinished batch this process holds some bytes per job; the prompts stay in the manifest, and a job gets a
+record when it begins. Any number of processes work on one batch: creating the record is the claim. A job that another
+process claimed is looked at until its end is on record, as one of its own is until it is filed. Knows no HTTP.
+"""
+
+import asyncio
+import contextvars
+import hashlib
+import hmac
+import itertools
+import re
+import time
+from array import array
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Container, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from secrets import token_hex
+from typing import Any, Final, Protocol
+
+from schemas.batches import (
+    Batch,
+    BatchCancel,
+    BatchCounts,
+    BatchManifest,
+    BatchPage,
+    BatchResult,
+    BatchState,
+    BatchSummary,
+)
+from schemas.errors import (
+    BatchGone,
+    BatchNotFound,
+    FieldError,
+    IdempotencyMismatch,
+    InvalidRequest,
+    JobCancelled,
+    JobGone,
+    JobNotFound,
+    QuotaExceeded,
+    WanError,
+)
+from schemas.jobs import (
+    JobRecord,
+    JobState,
+    Tombstone,
+    batch_id_from,
+    item_id,
+    item_of,
+    new_batch_id,
+)
+from schemas.requests import GenerateRequest, GenerationParameters
+from serve_graph.api_keys import Principal
+from serve_graph.jobs.batch_intake import Intake, Sent, Taken
+from serve_graph.jobs.limits import Patiences
+from serve_graph.jobs.live import LiveJob
+from serve_graph.jobs.manifest_lines import ManifestLines
+from serve_graph.jobs.recording import Recorder
+from serve_graph.jobs.running_batch import ELSEWHERE, HERE, WAITING, RunningBatch
+from serve_graph.jobs.views import Views
+from serve_graph.jobs.worker import Worker
+from serve_graph.logs import log_event, log_failure
+from serve_graph.metrics import IngressMetrics
+from serve_graph.prompts import prompt_hash
+from storage.batch_records import BatchDeleted, BatchRecords, entry_of_batch
+from storage.job_records import ActiveEntry, Deleted
+from storage.keys import entry_id
+from storage.store import InvalidKey, PreconditionFailed
+
+READS_AHEAD: Final = 16
+"""Records read at the same time for a stream of results."""
+
+SEEN_FOR_S: Final = 2.0
+"""What the store's lists say of a batch is asked for no more often."""
+
+MAX_SEEN: Final = 64
+MIN_ORPHAN_S: Final = 600.0
+"""Entries without a manifest are no batch that is being made, once they were there for so long."""
+
+_PLACE = re.compile(r"[0-9]{5}")
+
+
+class Jobs(Protocol):
+    """What batches need of the job service."""
+
+    def live(self, job_id: str) -> LiveJob | None: ...
+
+    def dispatch(self) -> None: ...
+
+    def cancel_live(self, live: LiveJob) -> None: ...
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the store's lists said of a batch: how jobs ended, and which have a record."""
+
+    at: float
+    done: dict[int, JobState]
+    begun: frozenset[int]
+    cancel: BatchCancel | None
+
+    def has_record(self, index: int) -> bool:
+        """Whether a job has begun, or was cancelled by itself."""
+        return index in self.begun or index in self.done
+
+
+class Batches:
+    """The batches of one process.
+
+    check: fills in a request's defaults and says whether its texts surely fit. max_batches: unfinished ones of one
+    principal.
+    """
+
+    def __init__(
+        self,
+        jobs: Jobs,
+        recorder: Recorder,
+        worker: Worker,
+        views: Views,
+        metrics: IngressMetrics,
+        patiences: Patiences,
+        *,
+        check: Callable[[GenerateRequest], tuple[GenerationParameters, bool]],
+        model: str,
+        hash_secret: bytes,
+        max_batches: int,
+    ) -> None:
+        self._jobs = jobs
+        self._recorder = recorder
+        self._records = BatchRecords(recorder.records.store)
+        self._worker = worker
+        self._views = views
+        self._metrics = metrics
+        self._patiences = patiences
+        self._check = check
+        self._model = model
+        self._hash_secret = hash_secret
+        self._max_batches = max_batches
+        self._lines = ManifestLines(recorder, self._records)
+        self._running: dict[str, RunningBatch] = {}
+        self._submitting: Counter[str] = Counter()
+        self._heads: dict[str, str] = {}
+        self._creating: set[asyncio.Task[str]] = set()
+        self._fetching: set[str] = set()
+        self._refused: set[str] = set()
+        self._orphans: dict[str, float] = {}
+        self._seen: dict[str, _Seen] = {}
+        self._tell_metrics()
+
+    # What clients ask for
+
+    async def submit(
+        self,
+        requests: AsyncIterator[Sent],
+        request_id: str,
+        principal: Principal,
+        *,
+        webhook_url: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> Batch:
+        """Check all requests and commit them. Returns the batch, or the one that was made with the same key.
+
+        Raises InvalidRequest with every mistake, QuotaExceeded, IdempotencyMismatch, BatchGone; no batch exists then.
+        """
+        batch_id = new_batch_id()
+        known = None
+        if idempotency_key is not None:
+            named = f"batch\0{principal.name}\0{idempotency_key}".encode()
+            batch_id = batch_id_from(hmac.new(self._hash_secret, named, hashlib.sha256).hexdigest())
+            known = await self._known(batch_id)
+        if known is None:
+            self._admit(principal)
+        self._submitting[principal.name] += 1
+        try:
+            intake = Intake(self._worker, self._check, batch_id, digest_only=known is not None)
+            taken = await intake.take(requests)
+            if known is None:
+                manifest = self._manifest(batch_id, taken, request_id, principal, webhook_url, idempotency_key)
+                known = await self._commit(manifest, taken)
+        finally:
+            self._submitting[principal.name] -= 1
+        if known != hashlib.sha256(f"{taken.digest}\n{webhook_url}".encode()).hexdigest():
+            raise IdempotencyMismatch
+        return await self.batch(batch_id, principal)
+
+    async def batch(self, batch_id: str, principal: Principal) -> Batch:
+        """A batch as its owner sees it. Raises BatchNotFound, BatchGone."""
+        running = self._running.get(batch_id)
+        if running is None:
+            return await self._view(await self._head(batch_id, principal))
+        _owned(running.head.principal, principal)
+        return self._running_view(running)
+
+    async def batches(self, principal: Principal, *, limit: int, after: str | None) -> BatchPage:
+        """One page of a principal's batches, newest first. Raises InvalidRequest for a cursor that is none."""
+        _check_cursor(after)
+        found: list[Batch] = []
+        more = True
+        while more and len(found) < limit:
+            wanted = limit - len(found)
+            entries, more = await self._recorder.io(
+                lambda after=after, wanted=wanted: self._records.entries(principal.name, after=after, limit=wanted)
+            )
+            read = await asyncio.gather(*(self._listed(entry, principal) for entry in entries))
+            found += [batch for batch in read if batch is not None]
+            after = entries[-1] if entries else after
+        return BatchPage(batches=tuple(found), next_cursor=after if more else None)
+
+    async def cancel(self, batch_id: str, principal: Principal) -> Batch:
+        """Cancel what has not ended. Returns the batch as it ended, or `cancelling` where that takes longer."""
+        running = self._running.get(batch_id)
+        if running is None:
+            batch = await self._view(await self._head(batch_id, principal))
+            if batch.state == "ended":
+                return batch
+        else:
+            _owned(running.head.principal, principal)
+        cancel = await self._recorder.io(self._records.cancel, batch_id)
+        self._seen.pop(batch_id, None)
+        running = self._running.get(batch_id)
+        if running is not None:
+            await self._see_cancelled(running, cancel)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(2 * self._patiences.renewal_s):
+                    await running.over.wait()
+        return await self.batch(batch_id, principal)
+
+    async def page(
+        self, batch_id: str, principal: Principal, *, states: Sequence[JobState], limit: int, after: str | None
+    ) -> tuple[list[JobRecord], str | None]:
+        """Records of a batch's jobs in the order of submission, and the next page's cursor.
+
+        Raises BatchNotFound, BatchGone, InvalidRequest for a cursor that is none.
+        """
+        if after is not None and not _PLACE.fullmatch(after):
+            raise _no_cursor()
+        head = await self._head(batch_id, principal)
+        seen = await self._look(batch_id)
+        places = range(0 if after is None else int(after) + 1, head.total)
+        possible = iter([index for index in places if self._may_be_in(states, batch_id, index, seen)])
+        found: list[tuple[int, JobRecord]] = []
+        while len(found) <= limit:
+            window = list(itertools.islice(possible, READS_AHEAD))
+            if not window:
+                break
+            read = await asyncio.gather(*(self._item(head, index, seen) for index in window))
+            found += [(i, r) for i, r in zip(window, read, strict=True) if r is not None and r.state in states]
+        cursor = f"{found[limit - 1][0]:05d}" if len(found) > limit else None
+        return [record for _, record in found[:limit]], cursor
+
+    async def results(self, batch_id: str, principal: Principal) -> AsyncGenerator[BatchResult, None]:
+        """Every job's state, and its clip or its problem, in the order of submission; 16 records are read ahead.
+
+        Raises BatchNotFound, BatchGone, StoreUnavailable.
+        """
+        head = await self._head(batch_id, principal)
+        seen = await self._look(batch_id)
+        ahead: list[asyncio.Task[BatchResult]] = []
+        try:
+            for index in range(head.total):
+                ahead.append(asyncio.create_task(self._result(head, index, seen)))
+                if len(ahead) == READS_AHEAD:
+                    yield await ahead.pop(0)
+            while ahead:
+                yield await ahead.pop(0)
+        finally:
+            for task in ahead:
+                task.cancel()
+            await asyncio.gather(*ahead, return_exceptions=True)
+
+    async def unbegun(self, job_id: str, principal: Principal) -> JobRecord:
+        """What the manifest says of a job that has no record: it waits, or was cancelled before it began.
+
+        Raises JobNotFound, JobGone.
+        """
+        item = item_of(job_id)
+        if item is None:
+            raise JobNotFound
+        batch_id, index = item
+        running = self._running.get(batch_id)
+        try:
+            head = running.head if running is not None else await self._head(batch_id, principal)
+            _owned(head.principal, principal)
+            if index >= head.total:
+                raise JobNotFound
+            if running is not None:
+                return await self._from_manifest(head, index, running.cancel)
+            cancel = await self._recorder.io(self._records.cancelled, batch_id)
+            return await self._from_manifest(head, index, cancel)
+        except BatchNotFound as error:
+            raise JobNotFound from error
+        except BatchGone as error:
+            raise JobGone from error
+
+    # What the job service asks for
+
+    async def committed(self) -> None:
+        """Wait until no manifest is being written."""
+        while self._creating:
+            await asyncio.wait(list(self._creating))
+
+    def heads(self, line: Container[str]) -> list[LiveJob]:
+        """The next job of each principal who has none of its batches' in `line`; who gets how much is the line's.
+
+        Of one principal's batches it is the one that got least so far. A job whose line has to be read first is left
+        out; `dispatch` is called once it is there.
+        """
+        least: dict[str, RunningBatch] = {}
+        for batch in self._running.values():
+            principal = batch.head.principal
+            if batch.next_waiting() is None or self._heads.get(principal) in line:
+                continue
+            if principal not in least or batch.service < least[principal].service:
+                least[principal] = batch
+        found = []
+        for batch in least.values():
+            live = self._next_of(batch)
+            if live is not None:
+                self._heads[batch.head.principal] = live.job_id
+                found.append(live)
+        return found
+
+    def _next_of(self, batch: RunningBatch) -> LiveJob | None:
+        index = batch.next_waiting()
+        if index is None:
+            return None
+        try:
+            item = self._lines.cached(batch.batch_id, index)
+        except ValueError as failure:
+            self._refuse(batch, failure)
+            return None
+        if item is None:
+            if batch.batch_id not in self._fetching:
+                self._fetching.add(batch.batch_id)
+                self._jobs.spawn(self._fetch(batch, index))
+            return None
+        batch.put(index, HERE)
+        batch.service += _cost(item.parameters)
+        self._tell_metrics()
+        record = self._record(batch.head, index, item.request, item.parameters)
+        return LiveJob(record, None, began=time.monotonic())
+
+    def took(self, record: JobRecord) -> bool:
+        """This process has taken a job with a record in hand. Returns whether its batch was cancelled."""
+        batch, index = self._of(record.job_id)
+        if batch is None:
+            return False
+        batch.put(index, HERE)
+        return batch.cancel is not None
+
+    def went(self, live: LiveJob) -> None:
+        """This process has a job no longer in hand; it is looked at until its end is filed."""
+        batch, index = self._of(live.job_id)
+        if batch is not None:
+            batch.put(index, ELSEWHERE)
+            batch.shared = batch.shared or live.lost
+
+    def filed(self, job_id: str, state: JobState) -> None:
+        """A job has ended and has its place among the ended ones."""
+        batch, index = self._of(job_id)
+        if batch is not None:
+            batch.ended(index, state)
+            if batch.is_over:
+                self._jobs.spawn(self._finish(batch))
+
+    def foreign(self) -> list[str]:
+        """Jobs whose records have to be looked at."""
+        return [job_id for batch in self._running.values() for job_id in batch.at(ELSEWHERE)]
+
+    def not_begun(self, job_id: str) -> None:
+        """A job that seemed to be in somebody's hands has no record."""
+        batch, index = self._of(job_id)
+        if batch is not None:
+            batch.put(index, WAITING)
+            self._jobs.dispatch()
+
+    async def file(self, record: JobRecord) -> None:
+        """A job has ended in another process, or was not filed in this one. Raises StoreUnavailable."""
+        records = self._recorder.records
+        if record.attempts > 1:
+            await self._recorder.io(records.discard_lost_clips, record)
+        await self._recorder.io(records.file_item, record.job_id, record.state)
+        self.filed(record.job_id, record.state)
+
+    async def bury(self, tombstone: Tombstone) -> None:
+        """A job was deleted, perhaps before its end was filed."""
+        item = item_of(tombstone.job_id)
+        ends = [state for state in tombstone.at if state.is_terminal and state is not JobState.DELETED]
+        if item is not None and ends:
+            await self._recorder.io(self._recorder.records.file_item, tombstone.job_id, ends[0])
+            self.filed(tombstone.job_id, ends[0])
+
+    async def see(self, entry: ActiveEntry) -> None:
+        """Look at a batch of the active index: work on it, hear of its cancel, end it. Raises StoreUnavailable."""
+        batch = self._running.get(entry.id)
+        if entry.id in self._refused:
+            return
+        try:
+            if batch is None:
+                await self._adopt(entry)
+            else:
+                await self._refresh(batch)
+        except BatchNotFound:
+            await self._see_orphan(entry)
+        except BatchDeleted as deleted:
+            self._running.pop(entry.id, None)
+            await self._recorder.io(self._records.bury, deleted.tombstone)
+
+    async def see_absent(self, active: Collection[str]) -> None:
+        """Look at the batches that the active index has no more: another process has ended them, most likely."""
+        self._orphans = {batch_id: at for batch_id, at in self._orphans.items() if batch_id in active}
+        self._refused &= set(active)
+        for batch in [batch for batch_id, batch in self._running.items() if batch_id not in active]:
+            if await self._recorder.io(self._records.summary, batch.batch_id) is not None:
+                self._let_go(batch)
+
+    # How it is done
+
+    def _admit(self, principal: Principal) -> None:
+        unfinished = sum(batch.head.principal == principal.name for batch in self._running.values())
+        if unfinished + self._submitting[principal.name] >= self._max_batches:
+            raise QuotaExceeded(self._max_batches, 60, "batches")
+
+    async def _known(self, batch_id: str) -> str | None:
+        """The digest of the batch with this id; None where there is none. Raises BatchGone."""
+        try:
+            return (await self._recorder.io(self._records.head, batch_id)).request_digest
+        except BatchNotFound:
+            return None
+
+    def _manifest(
+        self,
+        batch_id: str,
+        taken: Taken,
+        request_id: str,
+        principal: Principal,
+        webhook_url: str | None,
+        idempotency_key: str | None,
+    ) -> BatchManifest:
+        return BatchManifest(
+            batch_id=batch_id,
+            request_id=request_id,
+            principal=principal.name,
+            created_at=datetime.now(UTC),
+            model=self._model,
+            total=taken.total,
+            idempotent=idempotency_key is not None,
+            request_digest=hashlib.sha256(f"{taken.digest}\n{webhook_url}".encode()).hexdigest(),
+            webhook_url=webhook_url,
+        )
+
+    async def _commit(self, manifest: BatchManifest, taken: Taken) -> str:
+        """As `_create`, which goes on where the client goes away: a write can't be stopped."""
+        # An empty context: Serve cancels what runs in a request's context when its client goes away.
+        creating = asyncio.create_task(self._create(manifest, taken), context=contextvars.Context())
+        self._creating.add(creating)
+        creating.add_done_callback(self._creating.discard)
+        try:
+            return await asyncio.shield(creating)
+        except asyncio.CancelledError:
+            if not manifest.idempotent:  # nobody will learn of this batch
+                creating.add_done_callback(lambda _: self._jobs.spawn(self._abandon(manifest.batch_id)))
+            raise
+
+    async def _abandon(self, batch_id: str) -> None:
+        batch = self._running.get(batch_id)
+        try:
+            if batch is not None:
+                await self._see_cancelled(batch, await self._recorder.io(self._records.cancel, batch_id))
+        except WanError as failure:  # the store is away: the batch runs
+            log_failure("batch_abandon_failed", failure)
+
+    async def _create(self, manifest: BatchManifest, taken: Taken) -> str:
+        """Write the manifest and begin. Returns the digest of what is there then."""
+        try:
+            await self._recorder.io(self._records.create, manifest, taken.items)
+        except PreconditionFailed:
+            return await self._known(manifest.batch_id) or manifest.request_digest
+        log_event("batch_created", batch_id=manifest.batch_id, request_id=manifest.request_id)
+        self._run(manifest, await self._lines.ends(manifest.batch_id), {}, None)
+        return manifest.request_digest
+
+    def _run(
+        self, head: BatchManifest, ends: "array[int]", done: Mapping[int, JobState], cancel: BatchCancel | None
+    ) -> RunningBatch:
+        """Begin to work on a batch, level with the one of the same principal that got least so far."""
+        if head.batch_id in self._running:
+            return self._running[head.batch_id]
+        mine = [
+            batch.service
+            for batch in self._running.values()
+            if batch.head.principal == head.principal and batch.next_waiting() is not None
+        ]
+        batch = self._running[head.batch_id] = RunningBatch(head, ends, min(mine, default=0))
+        batch.all_ended(done)
+        batch.cancel = cancel
+        self._tell_metrics()
+        self._jobs.dispatch()
+        return batch
+
+    async def _adopt(self, entry: ActiveEntry) -> None:
+        """Work on a batch that another process, or an earlier one, has begun."""
+        batch_id = entry.id
+        head = await self._recorder.io(self._records.head, batch_id)
+        if entry_of_batch(head) != entry.entry:
+            await self._recorder.io(self._records.forget_entries, entry)
+            return
+        if await self._recorder.io(self._records.summary, batch_id) is not None:
+            await self._recorder.io(self._records.deactivate, head)
+            return
+        cancel = await self._recorder.io(self._records.cancelled, batch_id)
+        if head.model != self._model and cancel is None:  # left to services that have this model
+            return
+        ends = await self._lines.ends(batch_id)
+        done = await self._recorder.io(self._records.done, batch_id)
+        if batch_id not in self._running:
+            log_event("batch_adopted", batch_id=batch_id, request_id=head.request_id)
+        await self._refresh(self._run(head, ends, done, cancel))
+
+    async def _refresh(self, batch: RunningBatch) -> None:
+        """Hear what other processes have done."""
+        cancel = batch.cancel or await self._recorder.io(self._records.cancelled, batch.batch_id)
+        if cancel is not None:
+            await self._see_cancelled(batch, cancel)
+        if batch.shared:
+            batch.all_ended(await self._recorder.io(self._records.done, batch.batch_id))
+        if batch.is_over:
+            await self._finish(batch)
+        else:
+            self._jobs.dispatch()
+
+    async def _see_cancelled(self, batch: RunningBatch, cancel: BatchCancel) -> None:
+        """Stop what is under way here, and find what others have begun: nothing begins any more from now on."""
+        if batch.cancel is None:
+            batch.cancel = cancel
+            log_event("batch_cancelled", batch_id=batch.batch_id)
+        for job_id in batch.at(HERE):
+            live = self._jobs.live(job_id)
+            if live is not None and not live.stopping:
+                self._jobs.cancel_live(live)
+        if not batch.looked:
+            begun = await self._recorder.io(self._records.begun, batch.batch_id)
+            batch.all_ended(await self._recorder.io(self._records.done, batch.batch_id))
+            for index in begun:
+                if batch.place(index) == WAITING:
+                    batch.put(index, ELSEWHERE)
+            batch.looked = True
+        self._tell_metrics()
+        if batch.is_over:
+            await self._finish(batch)
+
+    async def _finish(self, batch: RunningBatch) -> None:
+        """Record the batch's end; a sweep tries again where the store is away."""
+        if batch.finishing:
+            return
+        batch.finishing = True
+        try:
+            summary = BatchSummary(counts=batch.counts(running=0), ended_at=datetime.now(UTC))
+            first = await self._recorder.io(self._records.end, batch.head, summary)
+        except WanError as failure:
+            log_failure("batch_end_failed", failure)
+            return
+        finally:
+            batch.finishing = False
+        self._let_go(batch)
+        if first:
+            self._metrics.batch_ended(cancelled=batch.cancel is not None)
+            log_event("batch_ended", batch_id=batch.batch_id, request_id=batch.head.request_id)
+
+    def _let_go(self, batch: RunningBatch) -> None:
+        self._running.pop(batch.batch_id, None)
+        self._seen.pop(batch.batch_id, None)
+        batch.over.set()
+        self._tell_metrics()
+
+    def _refuse(self, batch: RunningBatch, failure: Exception) -> None:
+        """A line is not what this version writes; nothing of the batch runs here."""
+        log_failure("manifest_unreadable", failure)
+        self._refused.add(batch.batch_id)
+        self._let_go(batch)
+
+    async def _see_orphan(self, entry: ActiveEntry) -> None:
+        now = time.monotonic()
+        if now - self._orphans.setdefault(entry.id, now) > max(MIN_ORPHAN_S, 10 * self._patiences.lease_s):
+            await self._recorder.io(self._records.forget_entries, entry)
+
+    async def _fetch(self, batch: RunningBatch, index: int) -> None:
+        """Have the next lines at hand. A sweep tries again where the store is away."""
+        try:
+            await self._lines.fetch(batch.batch_id, index, batch.ends)
+        except WanError as failure:
+            log_failure("manifest_read_failed", failure)
+        else:
+            self._fetching.discard(batch.batch_id)
+            self._jobs.dispatch()
+        finally:
+            self._fetching.discard(batch.batch_id)
+
+    def _of(self, job_id: str) -> tuple[RunningBatch | None, int]:
+        batch_id, index = item_of(job_id) or ("", 0)
+        return self._running.get(batch_id), index
+
+    def _record(
+        self, head: BatchManifest, index: int, request: GenerateRequest, parameters: GenerationParameters
+    ) -> JobRecord:
+        """The record of a job that has not begun."""
+        return JobRecord(
+            job_id=item_id(head.batch_id, index),
+            request_id=head.request_id,
+            principal=head.principal,
+            batch_id=head.batch_id,
+            state=JobState.QUEUED,
+            created_at=head.created_at,
+            at={JobState.QUEUED: head.created_at},
+            attempt_token=token_hex(8),
+            idempotent=head.idempotent,
+            request=request,
+            parameters=parameters,
+            model=head.model,
+            prompt_hash=prompt_hash(self._hash_secret, parameters.prompt),
+        )
+
+    async def _from_manifest(self, head: BatchManifest, index: int, cancel: BatchCancel | None) -> JobRecord:
+        item = await self._lines.item(head.batch_id, index)
+        record = self._record(head, index, item.request, item.parameters)
+        if cancel is None:
+            return record
+        at = {**record.at, JobState.CANCELLED: cancel.cancelled_at}
+        error = JobCancelled().problem(job_id=record.job_id)
+        return record.model_copy(update={"state": JobState.CANCELLED, "at": at, "error": error})
+
+    async def _head(self, batch_id: str, principal: Principal) -> BatchManifest:
+        """Raises BatchNotFound, BatchGone."""
+        running = self._running.get(batch_id)
+        try:
+            head = running.head if running else await self._recorder.io(self._records.head, batch_id)
+        except BatchDeleted as deleted:
+            _owned(deleted.tombstone.principal, principal)
+            raise
+        _owned(head.principal, principal)
+        return head
+
+    async def _look(self, batch_id: str) -> _Seen:
+        """What the store's lists say, or have said a moment ago."""
+        seen = self._seen.get(batch_id)
+        if seen is None or time.monotonic() - seen.at > SEEN_FOR_S:
+            io, records = self._recorder.io, self._records
+            cancel, done, begun = await asyncio.gather(
+                io(records.cancelled, batch_id), io(records.done, batch_id), io(records.begun, batch_id)
+            )
+            seen = self._seen[batch_id] = _Seen(time.monotonic(), done, frozenset(begun), cancel)
+            if len(self._seen) > MAX_SEEN:
+                self._seen.pop(next(iter(self._seen)))
+        return seen
+
+    async def _listed(self, entry: str, principal: Principal) -> Batch | None:
+        """The batch behind an entry of the index; None where there is none any more."""
+        try:
+            head = await self._recorder.io(self._records.head, entry_id(entry))
+            return await self.batch(head.batch_id, principal) if entry_of_batch(head) == entry else None
+        except (BatchNotFound, BatchGone):
+            return None
+
+    def _running_view(self, batch: RunningBatch) -> Batch:
+        lives = [self._jobs.live(job_id) for job_id in batch.at(HERE)]
+        counts = batch.counts(running=sum(live is not None and live.started for live in lives))
+        state: BatchState = "running" if batch.cancel is None else "cancelling"
+        return _batch(batch.head, state, counts, seconds_left=batch.seconds_left())
+
+    async def _view(self, head: BatchManifest) -> Batch:
+        """A batch that this process does not work on."""
+        summary = await self._recorder.io(self._records.summary, head.batch_id)
+        if summary is not None:
+            return _batch(head, "ended", summary.counts, ended_at=summary.ended_at)
+        seen = await self._look(head.batch_id)
+        ended = Counter(seen.done.values())
+        unbegun = 0 if seen.cancel is None else head.total - len(seen.begun | seen.done.keys())
+        counts = BatchCounts(
+            queued=head.total - ended.total() - unbegun,
+            running=0,
+            succeeded=ended[JobState.SUCCEEDED],
+            failed=ended[JobState.FAILED],
+            cancelled=ended[JobState.CANCELLED] + unbegun,
+        )
+        return _batch(head, "running" if seen.cancel is None else "cancelling", counts)
+
+    def _has_record(self, batch_id: str, index: int, seen: _Seen) -> bool:
+        """Whether there may be a record, as far as the store's lists and this process know."""
+        running = self._running.get(batch_id)
+        return seen.has_record(index) or (running is not None and running.place(index) != WAITING)
+
+    def _may_be_in(self, states: Sequence[JobState], batch_id: str, index: int, seen: _Seen) -> bool:
+        if index in seen.done:
+            return seen.done[index] in states
+        if self._has_record(batch_id, index, seen):
+            return True
+        return (JobState.QUEUED if seen.cancel is None else JobState.CANCELLED) in states
+
+    async def _item(self, head: BatchManifest, index: int, seen: _Seen) -> JobRecord | None:
+        """A job's record, or what the manifest says of it; None once it was deleted."""
+        job_id = item_id(head.batch_id, index)
+        live = self._jobs.live(job_id)
+        if live is not None and not live.lost:
+            return live.record
+        if self._has_record(head.batch_id, index, seen):
+            try:
+                return (await self._recorder.io(self._recorder.records.get, job_id))[0]
+            except Deleted:
+                return None
+            except JobNotFound:
+                pass
+        return await self._from_manifest(head, index, seen.cancel)
+
+    async def _result(self, head: BatchManifest, index: int, seen: _Seen) -> BatchResult:
+        job_id = item_id(head.batch_id, index)
+        if not self._has_record(head.batch_id, index, seen):
+            if seen.cancel is None:
+                return BatchResult(index=index, job_id=job_id, state=JobState.QUEUED)
+            error = JobCancelled().problem(job_id=job_id)
+            return BatchResult(index=index, job_id=job_id, state=JobState.CANCELLED, error=error)
+        record = await self._item(head, index, seen)
+        if record is None:
+            error = JobGone().problem(job_id=job_id)
+            return BatchResult(index=index, job_id=job_id, state=JobState.DELETED, error=error)
+        job = self._views.job(record)
+        return BatchResult(index=index, job_id=job_id, state=job.state, clip=job.clip, error=job.error)
+
+    def _tell_metrics(self) -> None:
+        batches = self._running.values()
+        self._metrics.set_batches(len(batches), sum(batch.num_waiting for batch in batches))
+
+
+def _batch(
+    head: BatchManifest,
+    state: BatchState,
+    counts: BatchCounts,
+    *,
+    ended_at: datetime | None = None,
+    seconds_left: float | None = None,
+) -> Batch:
+    return Batch(
+        batch_id=head.batch_id,
+        state=state,
+        created_at=head.created_at,
+        ended_at=ended_at,
+        request_id=head.request_id,
+        model=head.model,
+        total=head.total,
+        counts=counts,
+        seconds_left=seconds_left,
+    )
+
+
+def _cost(parameters: GenerationParameters) -> int:
+    """Forwards times pixels: what batches share is the device's time."""
+    pixels = parameters.width * parameters.height * parameters.num_frames
+    return pixels * parameters.num_inference_steps * (2 if parameters.does_guidance else 1)
+
+
+def _owned(owner: str, principal: Principal) -> None:
+    """Another's batch looks like none."""
+    if owner != principal.name:
+        raise BatchNotFound
+
+
+def _check_cursor(cursor: str | None) -> None:
+    try:
+        if cursor is not None:
+            entry_id(cursor)
+    except InvalidKey as error:
+        raise _no_cursor() from error
+
+
+def _no_cursor() -> InvalidRequest:
+    return InvalidRequest([FieldError(field="after", message="is no cursor of this list")])
