@@ -8,6 +8,7 @@ anything: containers are frozen and thawed, and clocks jump. Knows no worker and
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,10 +56,19 @@ class _Watched:
 class Sweeper:
     """Looks at the active index again and again.
 
-    model: jobs of other models are left to services that have these.
+    model: jobs of other models are left to services that have these. monotonic: the clock, in seconds.
     """
 
-    def __init__(self, recorder: Recorder, patiences: Patiences, *, model: str, jobs: Jobs) -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        patiences: Patiences,
+        *,
+        model: str,
+        jobs: Jobs,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._monotonic = monotonic
         self._recorder = recorder
         self._records = recorder.records
         self._patiences = patiences
@@ -77,7 +87,10 @@ class Sweeper:
                 self._watched.clear()  # owners could not renew either: begin to watch anew
             except Exception as failure:  # the boundary: one bad sweep must not be the last one
                 log_failure("sweep_failed", failure)
+            slept = self._monotonic()
             await asyncio.sleep(self._patiences.renewal_s)
+            if self._monotonic() - slept > self._patiences.lease_s:
+                self._watched.clear()  # this process was frozen, and others may have been with it
 
     async def sweep(self) -> None:
         """Look at everything once. Raises StoreUnavailable."""
@@ -96,7 +109,7 @@ class Sweeper:
         self._swept = True
 
     async def _look(self, entry: ActiveEntry) -> None:
-        now, seen = time.monotonic(), self._watched.get(entry.id)
+        now, seen = self._monotonic(), self._watched.get(entry.id)
         try:
             etag = await self._recorder.io(self._records.etag, entry.id)
         except JobNotFound:
@@ -112,13 +125,13 @@ class Sweeper:
                 if not isinstance(failure, JobNotFound):
                     log_failure("record_unreadable", failure, job_id=entry.id)
                 return
-            if entry_of(record) != entry.entry:
-                await self._recorder.io(self._records.forget_entry, entry)
-                return
             first = seen is None
             seen = self._watched[entry.id] = _Watched(record, etag, now)
             if first and self._swept:
                 return  # made by another process a moment ago, most likely
+        if seen.record is not None and entry_of(seen.record) != entry.entry:
+            await self._recorder.io(self._records.forget_entry, entry)
+            return
         if self._jobs.is_live(entry.id) or seen.record is None:
             return
         await self._see_to(seen.record, etag, now - seen.since)
