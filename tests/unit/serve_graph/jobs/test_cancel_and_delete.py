@@ -155,7 +155,7 @@ async def test_cancel_elsewhere_against_a_finish_has_one_winner_and_says_which(t
         job = await cancelling
         assert job.state is JobState.SUCCEEDED
         assert job.clip is not None
-        assert keys(owner, "clips/") == [owner.record(record.job_id).result.key]  # type: ignore[union-attr]
+        assert keys(owner, "clips/") == [owner.record(record.job_id).result.key]
 
 
 @pytest.mark.usefixtures("quick_looks")
