@@ -10,6 +10,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +29,12 @@ from schemas.errors import (
     StoreUnavailable,
     WanError,
 )
-from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask, Started, TextEmbedding
+from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask, Standing, Started, TextEmbedding
 from schemas.jobs import Progress, RenderedClip
 from schemas.requests import GenerationParameters
 from serve_graph import render
 from serve_graph.engine.checkpoint import GeneratorParts
-from serve_graph.engine.job import Finished
+from serve_graph.engine.job import EngineJob, Finished
 from serve_graph.engine.loop import Engine
 from serve_graph.metrics import GeneratorMetrics
 from serve_graph.render import ClipEncoder, Mp4Factory, Renderer
@@ -180,7 +181,30 @@ async def test_render_stores_the_clip_that_it_describes(
     assert clip.size_bytes == len(stored)
     assert clip.sha256 == hashlib.sha256(stored).hexdigest()
     assert min(clip.timings.denoise, clip.timings.decode, clip.timings.encode, clip.timings.upload) > 0
+    assert 0 < clip.denoise_device_s <= clip.timings.denoise
+    assert 0 < clip.decode_device_s <= clip.timings.decode
     assert registry.get_sample_value("wan_upload_bytes_total") == len(stored)
+
+
+async def test_render_hands_the_jobs_standing_to_the_engine(
+    renderer: Renderer,
+    engine: Engine,
+    task: RenderTask,
+    prompt: PreparedPrompt,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    standing = Standing("high", waited_s=5.0, overdue_in_s=7.0, deadline_left_s=9.0)
+    submitted: list[EngineJob] = []
+
+    def submit(job: EngineJob) -> None:
+        submitted.append(job)
+        Engine.submit(engine, job)
+
+    monkeypatch.setattr(engine, "submit", submit)
+
+    await collect(renderer.render(replace(task, standing=standing), prompt))
+
+    assert [job.standing for job in submitted] == [standing]
 
 
 async def test_render_stores_the_frames_that_the_engine_made(
