@@ -35,7 +35,7 @@ from schemas.errors import (
 from schemas.jobs import Job, JobState, clip_id_of
 from schemas.official_profiles import WAN_TINY
 from schemas.requests import GenerateRequest
-from serve_graph.jobs.service import MAX_RETRY_AFTER_S
+from serve_graph.jobs.admission import MAX_RETRY_AFTER_S
 from serve_graph.logs import LOGGER_NAME, configure_logging
 from storage.store import ObjectNotFound
 

@@ -105,7 +105,7 @@ class Served:
 
     def drop(self) -> None:
         """As if the process were killed: nothing is written any more."""
-        for task in [*self.service._tending, *self.service._filing, *self.service._tasks()]:
+        for task in [*self.service._running._tending, *self.service._running._filing, *self.service._running._tasks()]:
             task.cancel()
 
 

@@ -86,7 +86,7 @@ async def test_events_end_at_a_stop_with_the_state_that_is_handed_back(jobs: Job
 
 async def test_a_follower_here_that_goes_away_leaves_nothing(jobs: Jobs) -> None:
     record = await running(jobs)
-    (live,) = jobs.service._live.values()
+    (live,) = jobs.service._running._live.values()
     for _ in range(3):
         changes = jobs.service.changes(record.job_id)
         await anext(changes)
@@ -112,7 +112,7 @@ async def test_a_follower_elsewhere_that_goes_away_leaves_nothing(tmp_path: Path
             following.cancel()
             await asyncio.wait([following])
             await until(lambda: asyncio.all_tasks() <= before)
-            assert other.service._followers._followed == {}
+            assert other.service._reading._followers._followed == {}
 
 
 @pytest.mark.usefixtures("quick_looks")
@@ -137,18 +137,18 @@ async def test_a_follower_whose_first_look_is_slow_while_the_job_is_taken_up_her
         record = await running(earlier)
         await earlier.service.drain(0)
     stored, etag = jobs.records.get(record.job_id)
-    looks = jobs.service._followers.changes
+    looks = jobs.service._reading._followers.changes
 
     async def slow(job_id: str):
         await asyncio.sleep(2)
         async for change in looks(job_id):
             yield change
 
-    monkeypatch.setattr(jobs.service._followers, "changes", slow)
+    monkeypatch.setattr(jobs.service._reading._followers, "changes", slow)
     seen: list[Job] = []
     following = asyncio.create_task(followed(jobs, record.job_id, seen))
     await asyncio.sleep(0)
-    jobs.service.adopt(stored, etag)
+    jobs.service._running.adopt(stored, etag)
     jobs.worker.gates["running"].close()
     await until(lambda: seen != [])
     jobs.worker.gates["running"].open()

@@ -60,7 +60,7 @@ async def test_a_worker_that_says_nothing_loses_its_lease(tmp_path: Path) -> Non
 async def test_an_idle_worker_is_not_a_stalled_one(tmp_path: Path) -> None:
     """It had said nothing for longer than the stall time before the job came, and no lease was renewed."""
     async with process(tmp_path, lease_s=0.15, stall_s=1.0) as jobs:
-        jobs.service._attempts.last_advance -= 3_600
+        jobs.service._running._attempts.last_advance -= 3_600
         jobs.worker.gates["prepare"].close()
         record = await jobs.service.submit(REQUEST, "request-1")
 
