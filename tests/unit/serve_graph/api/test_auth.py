@@ -199,7 +199,8 @@ async def test_the_document_asks_for_a_key_where_the_service_does(tmp_path: Path
 
     jobs = {"/generate", "/jobs", "/jobs/{job_id}", "/jobs/{job_id}/events", "/jobs/{job_id}/cancel"}
     videos = {"/v1/videos", "/v1/videos/{video_id}", "/v1/videos/{video_id}/content"}
-    made = {*jobs, *videos, "/outputs/{clip_id}", "/models"}
+    batches = {"/batches", "/batches/{batch_id}", "/batches/{batch_id}/results", "/batches/{batch_id}/cancel"}
+    made = {*jobs, *batches, *videos, "/outputs/{clip_id}", "/models"}
     assert asking((await api.http.get("/openapi.json")).json()) == made
     closed = Authenticator(KEYS, protect_monitoring=True)
     async with open_api(tmp_path / "closed", log, authenticator=closed) as protected:
