@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from schemas.clips import Clip
 from schemas.errors import Problem
-from schemas.jobs import JobState
+from schemas.jobs import JobState, Lease
 from schemas.requests import GenerateRequest, GenerationParameters
+from schemas.webhooks import WebhookDelivery
 
 MAX_BATCH_REQUESTS: Final = 10_000
 MAX_BATCH_BYTES: Final = 16 * 2**20
@@ -68,13 +69,20 @@ class BatchCancel(BaseModel):
 
 
 class BatchSummary(BaseModel):
-    """How a batch has ended; written once."""
+    """How a batch has ended; only `webhook` and `lease` change afterwards."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int = 1
     counts: BatchCounts
     ended_at: datetime
+    webhook: WebhookDelivery | None = Field(default=None, description="Of the batch's end, where that is to be told.")
+    lease: Lease | None = Field(default=None, description="Of the process that tells it just now.")
+
+    @property
+    def awaits_webhook(self) -> bool:
+        """Whether the batch's end has still to be told."""
+        return self.webhook is not None and self.webhook.state == "waiting"
 
 
 class BatchTombstone(BaseModel):

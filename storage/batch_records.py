@@ -167,15 +167,30 @@ class BatchRecords:
         """How a batch has ended; None while it has not."""
         return self._found(BatchSummary, batch_summary_key(batch_id))
 
-    def end(self, manifest: BatchManifest, summary: BatchSummary) -> bool:
-        """Record a batch's end, then take it off the active index. False where that was on record before."""
-        first = True
+    def versioned_summary(self, batch_id: str) -> tuple[BatchSummary, str] | None:
+        """The same with its ETag."""
         try:
-            self._store.put(batch_summary_key(manifest.batch_id), _line(summary), if_none_match=True)
+            found = self._store.get(batch_summary_key(batch_id))
+        except ObjectNotFound:
+            return None
+        return _read(BatchSummary, found.body), found.stat.etag
+
+    def write_summary(self, batch_id: str, summary: BatchSummary, etag: str) -> str:
+        """Put a summary in the place of the version with this ETag. Returns the new one. Raises PreconditionFailed."""
+        return self._store.put(batch_summary_key(batch_id), _line(summary), if_match=etag).etag
+
+    def end(self, manifest: BatchManifest, summary: BatchSummary) -> str | None:
+        """Record a batch's end, then take it off the active index, unless it has still to be told.
+
+        Returns the summary's ETag; None where the end was on record before.
+        """
+        try:
+            etag = self._store.put(batch_summary_key(manifest.batch_id), _line(summary), if_none_match=True).etag
         except PreconditionFailed:
-            first = False
-        self.deactivate(manifest)
-        return first
+            return None
+        if not summary.awaits_webhook:
+            self.deactivate(manifest)
+        return etag
 
     def deactivate(self, manifest: BatchManifest) -> None:
         """Take an ended batch off the active index. Doing it twice changes nothing."""

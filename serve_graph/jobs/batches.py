@@ -53,11 +53,13 @@ from schemas.jobs import (
     new_batch_id,
 )
 from schemas.requests import GenerateRequest, GenerationParameters
+from schemas.webhooks import WebhookDelivery
 from serve_graph.api_keys import Principal
 from serve_graph.jobs.batch_intake import Intake, Sent, Taken
 from serve_graph.jobs.limits import Patiences
 from serve_graph.jobs.live import LiveJob
 from serve_graph.jobs.manifest_lines import ManifestLines
+from serve_graph.jobs.outbox import Outbox
 from serve_graph.jobs.recording import Recorder
 from serve_graph.jobs.running_batch import ELSEWHERE, HERE, WAITING, RunningBatch
 from serve_graph.jobs.views import Views
@@ -113,7 +115,7 @@ class Batches:
     """The batches of one process.
 
     check: fills in a request's defaults and says whether its texts surely fit. max_batches: unfinished ones of one
-    principal.
+    principal. check_url: raises InvalidRequest for a webhook's URL that is not allowed.
     """
 
     def __init__(
@@ -129,6 +131,8 @@ class Batches:
         model: str,
         hash_secret: bytes,
         max_batches: int,
+        outbox: Outbox,
+        check_url: Callable[[str], None],
     ) -> None:
         self._jobs = jobs
         self._recorder = recorder
@@ -141,6 +145,8 @@ class Batches:
         self._model = model
         self._hash_secret = hash_secret
         self._max_batches = max_batches
+        self._outbox = outbox
+        self._check_url = check_url
         self._lines = ManifestLines(recorder, self._records)
         self._running: dict[str, RunningBatch] = {}
         self._submitting: Counter[str] = Counter()
@@ -150,6 +156,7 @@ class Batches:
         self._refused: set[str] = set()
         self._orphans: dict[str, float] = {}
         self._seen: dict[str, _Seen] = {}
+        self._telling: dict[str, tuple[str, float]] = {}
         self._tell_metrics()
 
     # What clients ask for
@@ -167,6 +174,8 @@ class Batches:
 
         Raises InvalidRequest with every mistake, QuotaExceeded, IdempotencyMismatch, BatchGone; no batch exists then.
         """
+        if webhook_url is not None:
+            self._check_url(webhook_url)
         batch_id = new_batch_id()
         known = None
         if idempotency_key is not None:
@@ -510,8 +519,9 @@ class Batches:
         if entry_of_batch(head) != entry.entry:
             await self._recorder.io(self._records.forget_entries, entry)
             return
-        if await self._recorder.io(self._records.summary, batch_id) is not None:
-            await self._recorder.io(self._records.deactivate, head)
+        ended = await self._recorder.io(self._records.versioned_summary, batch_id)
+        if ended is not None:
+            await self._see_end(head, *ended)
             return
         cancel = await self._recorder.io(self._records.cancelled, batch_id)
         if head.model != self._model and cancel is None:  # left to services that have this model
@@ -560,17 +570,47 @@ class Batches:
             return
         batch.finishing = True
         try:
-            summary = BatchSummary(counts=batch.counts(running=0), ended_at=datetime.now(UTC))
-            first = await self._recorder.io(self._records.end, batch.head, summary)
+            url = batch.head.webhook_url
+            summary = BatchSummary(
+                counts=batch.counts(running=0),
+                ended_at=datetime.now(UTC),
+                webhook=None if url is None else WebhookDelivery(url=url),
+            )
+            etag = await self._recorder.io(self._records.end, batch.head, summary)
         except WanError as failure:
             log_failure("batch_end_failed", failure)
             return
         finally:
             batch.finishing = False
         self._let_go(batch)
-        if first:
+        if etag is not None:
             self._metrics.batch_ended(cancelled=batch.cancel is not None)
             log_event("batch_ended", batch_id=batch.batch_id, request_id=batch.head.request_id)
+            if summary.awaits_webhook:
+                self._jobs.spawn(self._tell(batch.head, summary, etag))
+
+    async def _tell(self, head: BatchManifest, summary: BatchSummary, etag: str) -> None:
+        """Try an ended batch's webhook. It stays active until that is done."""
+        try:
+            told = await self._outbox.deliver_batch(self._records, head, summary, etag)
+            if not told.awaits_webhook:
+                await self._recorder.io(self._records.deactivate, head)
+        except WanError as failure:
+            log_failure("batch_webhook_failed", failure)
+
+    async def _see_end(self, head: BatchManifest, summary: BatchSummary, etag: str) -> None:
+        """An ended batch in the active index: its end has still to be told, or nobody took it off."""
+        if not summary.awaits_webhook:
+            await self._recorder.io(self._records.deactivate, head)
+            return
+        seen_etag, since = self._telling.get(head.batch_id, ("", 0.0))
+        if seen_etag != etag:
+            seen_etag, since = self._telling[head.batch_id] = etag, time.monotonic()
+        due_in_s = self._outbox.due_in_s(summary.webhook)
+        somebody_is_at_it = summary.lease is not None and time.monotonic() - since < self._patiences.lease_s
+        if due_in_s == 0 and not somebody_is_at_it:
+            self._telling.pop(head.batch_id)
+            await self._tell(head, summary, etag)
 
     def _let_go(self, batch: RunningBatch) -> None:
         self._running.pop(batch.batch_id, None)

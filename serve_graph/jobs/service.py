@@ -150,6 +150,8 @@ class JobService:
             model=profile.name,
             hash_secret=hash_secret,
             max_batches=limits.max_batches,
+            outbox=self._outbox,
+            check_url=lambda url: check_webhook_url(url, self._webhook_policy),
         )
         self._sweeper = Sweeper(self._recorder, patiences, model=profile.name, jobs=self, batches=self.batches)
         self._tell_metrics()
@@ -438,7 +440,7 @@ class JobService:
 
     def webhook_due_in_s(self, record: JobRecord) -> float | None:
         """Seconds until an ended job's webhook may be tried; None where there is none to deliver."""
-        return self._outbox.due_in_s(record)
+        return self._outbox.due_in_s(record.webhook)
 
     async def file(self, record: JobRecord, etag: str) -> None:
         """Give an ended job its place in the index, collect what its lost attempts left, and try its webhook."""
