@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Unit = Literal["s", "clips/s"]
+Unit = Literal["s", "clips/s", "items/s"]
 
 
 class _Figure(BaseModel):
@@ -89,4 +89,12 @@ def keeps_rate(name: str, rates: Sequence[float], baseline: Sequence[float], *, 
     ratio = ratios(rates, baseline)
     return Comparison(
         name=name, ratio=ratio, difference_s=None, goal=f"rate ratio ≥ {share:.2f}", passed=ratio.median >= share
+    )
+
+
+def at_most(name: str, values: Sequence[float], baseline: Sequence[float], *, share: float) -> Comparison:
+    """Goal: the median ratio is at most `share`."""
+    ratio = ratios(values, baseline)
+    return Comparison(
+        name=name, ratio=ratio, difference_s=None, goal=f"ratio ≤ {share:.2f}", passed=ratio.median <= share
     )

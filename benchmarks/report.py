@@ -145,6 +145,53 @@ def median_timings(clips: Iterable[Timings]) -> Timings:
     return Timings(**{name: median(clip[name] for clip in dumped) for name in Timings.model_fields})
 
 
+class JobsReport(_Part):
+    """What `benchmarks.jobs` found."""
+
+    created_at: datetime
+    duration_s: float
+    machine: Machine
+    versions: dict[str, str]
+    measures: tuple[Measure, ...]
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every goal was met."""
+        return all(comparison.passed for comparison in self.comparisons)
+
+
+def write_jobs_report(report: JobsReport, folder: Path) -> None:
+    """Write `jobs.json` and `jobs.md`. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "jobs.json").write_text(report.model_dump_json(indent=2) + "\n")
+    (folder / "jobs.md").write_text(jobs_markdown(report))
+
+
+def print_jobs_report(report: JobsReport, console: Console) -> None:
+    """The same tables on a terminal."""
+    for table in _jobs_tables(report):
+        console.print(table.rich())
+        console.print()
+
+
+def jobs_markdown(report: JobsReport) -> str:
+    """The Markdown file's text."""
+    here = report.machine
+    packages = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+    head = f"""# Benchmark: jobs
+
+{report.created_at:%Y-%m-%d %H:%M} UTC, {report.duration_s:.0f} s. {here.cpu}, {here.num_cores} cores, load before:
+{here.load:.2f}. {packages}.
+
+"""
+    return head + "\n".join(table.markdown() for table in _jobs_tables(report))
+
+
+def _jobs_tables(report: JobsReport) -> list[Table]:
+    return [_measures(report.measures), _comparisons(report.comparisons)]
+
+
 def write_report(report: Report, folder: Path) -> None:
     """Write `bench.json` and `bench.md`. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -40,6 +41,7 @@ class Service:
 
     def __init__(self, pid: int, base_url: str) -> None:
         self.pid = pid
+        self.base_url = base_url
         limits = httpx.Limits(max_connections=IN_FLIGHT, max_keepalive_connections=IN_FLIGHT)
         self._http = httpx.AsyncClient(base_url=base_url, timeout=REQUEST_TIMEOUT_S, limits=limits)
         self._runner = asyncio.Runner()
@@ -71,10 +73,10 @@ class Service:
         return answer.content
 
 
-def write_config(folder: Path, s3_endpoint: str | None = None) -> tuple[Path, Settings]:
+def write_config(folder: Path, s3_endpoint: str | None = None, **args_over: Any) -> tuple[Path, Settings]:
     """The shipped config file with its data under `folder`, and the settings that it means.
 
-    s3_endpoint: keep clips and records in a bucket there; the environment has the keys.
+    s3_endpoint: keep clips and records in a bucket there; the environment has the keys. args_over: sections of `args`.
     """
     folder.mkdir(exist_ok=True)
     config = yaml.safe_load(_SHIPPED_CONFIG.read_text())
@@ -84,6 +86,7 @@ def write_config(folder: Path, s3_endpoint: str | None = None) -> tuple[Path, Se
     if s3_endpoint is not None:
         bucket = {"endpoint": s3_endpoint, "bucket": f"{BUCKETS}bench"}
         args["storage"] |= {"kind": "s3", "s3": bucket, "create_bucket": True}
+    args |= args_over
     config["http_options"]["port"] = _free_port()
     path = folder / "serve.yaml"
     path.write_text(yaml.safe_dump(config))

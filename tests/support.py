@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import threading
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +26,8 @@ from schemas.official_profiles import WAN_TINY
 from schemas.requests import GenerationParameters
 from serve_graph.jobs import JobService, Patiences, QueueLimits
 from serve_graph.metrics import IngressMetrics, new_registry
+from serve_graph.webhooks.policy import WebhookPolicy
+from serve_graph.webhooks.sender import WebhookSender
 from storage.job_records import JobRecords
 from storage.local import LocalStore
 from storage.signing import LocalPresigner
@@ -207,12 +209,16 @@ def open_jobs(
     folder: Path,
     *,
     profile: ModelProfile = WAN_TINY,
+    webhooks: Callable[[IngressMetrics], WebhookSender] | None = None,
     max_waiting_jobs: int = 8,
     max_dispatched_jobs: int = 4,
     max_clip_pixels: int | None = None,
     clip_retention: timedelta | None = None,
     worker_patience_s: float = 0.0,
     store_patience_s: float = 0.0,
+    lease_s: float = 20.0,
+    stall_s: float = 600.0,
+    run_s: float = 600.0,
 ) -> Iterator[Jobs]:
     """A job service over the real store and records; only the worker is scripted."""
     clock = Clock()
@@ -227,12 +233,14 @@ def open_jobs(
             records=records,
             presigner=presigner,
             limits=QueueLimits(max_waiting_jobs, max_dispatched_jobs, max_clip_pixels),
-            patiences=Patiences(worker_patience_s, store_patience_s),
+            patiences=Patiences(worker_patience_s, store_patience_s, lease_s, stall_s, run_s),
             default_url_ttl=timedelta(seconds=600),
             hash_secret=b"h" * 32,
             metrics=metrics,
             executor=executor,
             clip_retention=clip_retention,
+            webhook_policy=WebhookPolicy(allow_http=True, allow_private_addresses=True),
+            webhook_sender=None if webhooks is None else webhooks(metrics),
         )
         yield Jobs(service, worker, store, records, presigner, registry, metrics, executor, clock)
 

@@ -45,6 +45,7 @@ async def receiving(
     authority: trustme.CA | None = None,
     certificate_for: str = "hooks.example.com",
     address: str = "127.0.0.1",
+    port: int = 0,
 ) -> AsyncIterator[Receiver]:
     """authority: signs the certificate; None is plain HTTP."""
     receiver = Receiver()
@@ -71,7 +72,7 @@ async def receiving(
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         authority.issue_cert(certificate_for).configure_cert(tls)
         tls.sni_callback = lambda _socket, name, _context: receiver.sni.append(name)
-    server = await asyncio.start_server(accept, address, 0, ssl=tls)
+    server = await asyncio.start_server(accept, address, port, ssl=tls)
     receiver.port = server.sockets[0].getsockname()[1]
     try:
         yield receiver

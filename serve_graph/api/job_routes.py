@@ -9,6 +9,7 @@ from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
+from schemas.errors import ShuttingDown, WanError
 from schemas.jobs import Job, JobPage, JobState
 from serve_graph.api.auth import Authenticator
 from serve_graph.api.context import context_of
@@ -76,7 +77,9 @@ def job_routes(jobs: JobService, authenticator: Authenticator) -> APIRouter:
     async def get_events(request: Request, job_id: JobId) -> Response:
         """Server-sent events: the job at once, then at each change, until it ends."""
         changes = jobs.changes(job_id, context_of(request.scope).principal)
-        first = await anext(changes)  # so that an unknown job is a 404 and no stream
+        first = await anext(changes, None)  # so that an unknown job is a 404 and no stream
+        if first is None:
+            raise ShuttingDown("the service is stopping")
         return StreamingResponse(
             _events(first, changes), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
         )
@@ -125,7 +128,10 @@ async def _events(first: Job, changes: AsyncGenerator[Job, None]) -> AsyncIterat
                 if not following.done():
                     yield KEEPALIVE_COMMENT
                     continue
-                job = following.result()
+                try:
+                    job = following.result()
+                except WanError:  # it was deleted meanwhile; who asks again is told so
+                    return
                 if job is None:
                     return
                 yield _event(job)

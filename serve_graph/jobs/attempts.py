@@ -81,6 +81,8 @@ class Attempts:
         while True:
             try:
                 async with self._turns.taken(alone=live.record.suspect) as neighbours:
+                    if not neighbours.most:
+                        self.last_advance = time.monotonic()  # an idle worker says nothing, and is not stalled
                     return await self._attempt(live)
             except (WorkerLost, ModelNotReady, ShuttingDown) as failure:
                 if patience is None or live.started:
@@ -201,8 +203,7 @@ class _Turns:
             self._turns.discard(turn)
             if not self._turns:
                 self._alone = False
-            async with self._changed:
-                self._changed.notify_all()
+            await asyncio.shield(self._tell())  # also when the job is cancelled just here
 
     async def _wait(self, alone: bool) -> None:
         if not alone:
@@ -213,6 +214,11 @@ class _Turns:
             await self._changed.wait_for(lambda: not self._turns)
         finally:
             self._waiting_alone -= 1
+            self._changed.notify_all()  # one that was cancelled keeps the others no longer
+
+    async def _tell(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
 
 
 @asynccontextmanager

@@ -74,7 +74,8 @@ class Recorder:
                     try:
                         live.etag = await self._write(moved, live.etag)
                     except PreconditionFailed:
-                        await self._catch_up(live)
+                        if await self._catch_up(live, moved):
+                            return
                         if live.record.cancel_requested and not state.is_terminal:
                             raise JobCancelled from None
                         continue
@@ -100,7 +101,7 @@ class Recorder:
             try:
                 live.etag = await self.io(self.records.write, record, live.etag)
             except PreconditionFailed:
-                await self._catch_up(live)
+                await self._catch_up(live, record)
             else:
                 live.record = record
 
@@ -115,19 +116,22 @@ class Recorder:
                     raise
                 again = True
 
-    async def _catch_up(self, live: LiveJob) -> None:
-        """Take over what another process has written, where the job is still this one's. Raises Lost."""
+    async def _catch_up(self, live: LiveJob, refused: JobRecord) -> bool:
+        """Take over what another process has written, where the job is still this one's. Raises Lost.
+
+        Returns whether it is ended by the very write that was refused: an earlier try had arrived, without an
+        answer, and another process has told the job's webhook since.
+        """
         try:
             record, etag = await self.io(self.records.get, live.job_id)
         except (JobNotFound, Deleted) as error:
             raise Lost from error
-        mine = (
-            not record.state.is_terminal
-            and record.lease is not None
-            and record.lease.owner == self.owner
-            and record.attempt_token == live.record.attempt_token
-        )
+        ended_here = record.state.is_terminal and (record.state, record.at) == (refused.state, refused.at)
+        mine = not record.state.is_terminal and record.lease is not None and record.lease.owner == self.owner
         unclaimed = record.state is JobState.QUEUED and live.record.state is JobState.QUEUED
-        if not (mine or unclaimed):
+        if not (ended_here or mine or unclaimed):
             raise Lost
         live.record, live.etag = record, etag
+        if ended_here:
+            live.tell()
+        return ended_here

@@ -89,6 +89,9 @@ MAX_RETRY_AFTER_S = 600
 LAST_WORDS_S = 15.0
 """At a stop, for indexes and webhooks of jobs that have ended; an attempt at a webhook takes 10 s at most."""
 
+LINE_LOOKS = 64
+"""Jobs in line that are looked at per renewal, in turn: another process may have taken them up."""
+
 MAX_PAGE = 100
 """Jobs on one page of a list: each is a read."""
 
@@ -133,9 +136,10 @@ class JobService:
         self._live: dict[str, LiveJob] = {}
         self._line = Line(Scheduling(limits.max_dispatched_jobs, limits.policy, limits.max_stretch))
         self._census = Census()
-        self._creating: dict[str, asyncio.Task[None]] = {}
+        self._creating: set[asyncio.Task[None]] = set()
         self._filing: set[asyncio.Task[None]] = set()
         self._tending: list[asyncio.Task[None]] = []
+        self._looked_at = 0
         self._draining = False
         self._drained = asyncio.Event()
         self.last_error: LastError | None = None
@@ -158,7 +162,7 @@ class JobService:
 
     def start(self) -> None:
         """Renew the leases of this process's jobs, and see to those that nobody works on, until `drain`."""
-        for tending in (self._renewing(), self._sweeper.run()):
+        for tending in (self._renewing(), self._looking_at_line(), self._sweeper.run()):
             self._tending.append(asyncio.create_task(tending, context=contextvars.Context()))
 
     async def submit(
@@ -210,8 +214,8 @@ class JobService:
         )
         # An empty context: Serve cancels what runs in a request's context when its client goes away.
         creating = asyncio.create_task(self._create(record), context=contextvars.Context())
-        self._creating[record.request_id + job_id] = creating
-        creating.add_done_callback(lambda _: self._creating.pop(record.request_id + job_id, None))
+        self._creating.add(creating)
+        creating.add_done_callback(self._creating.discard)
         try:
             await asyncio.shield(creating)
         except PreconditionFailed:
@@ -323,7 +327,7 @@ class JobService:
             await self._cancel_here(live)
             if live.unrecorded and live.record.error is not None:
                 raise RecordedFailure(live.record.error)
-            if not live.lost:
+            if not live.lost and live.record.state.is_terminal:
                 return self._view(live.record)
         record = await self._cancel_elsewhere(job_id, principal)
         return self._view(record)
@@ -337,7 +341,11 @@ class JobService:
                 raise JobNotEnded
             await live.ended.wait()  # its end is on record, and this process lets go of it just now
         while True:
-            record, etag = await self._read(job_id, principal)
+            try:
+                record, etag = await self._read(job_id, principal)
+            except JobGone:
+                await self._bury_again(job_id)  # the delete before may have been cut short
+                raise
             if not record.state.is_terminal:
                 raise JobNotEnded
             try:
@@ -390,7 +398,7 @@ class JobService:
         """Refuse new jobs, let those under way end, and hand back to the store what has not after `timeout_s`."""
         self._draining = True
         while self._creating:
-            await asyncio.wait(list(self._creating.values()))
+            await asyncio.wait(list(self._creating))
         await self.batches.committed()
         for live in [live for live in self._line if live.waiters == 0]:
             self._leave(live)
@@ -593,7 +601,7 @@ class JobService:
             error = known.problem(job_id=live.job_id)
         live.ending = True
         try:
-            if live.handed_back and clip is None:
+            if live.handed_back and clip is None and isinstance(live.stopped_by, ShuttingDown):
                 await self._hand_back(live)
             elif not live.lost:
                 live.handed_back = False
@@ -625,7 +633,9 @@ class JobService:
 
     async def _hand_back(self, live: LiveJob) -> None:
         try:
-            if live.record.state.is_owned:
+            async with live.writing:  # a claim may be on its way to the store
+                owned_here = live.record.state.is_owned
+            if owned_here:
                 await self._recorder.move(live, JobState.QUEUED, lease=None)
             log_event("job_handed_back", job_id=live.job_id, request_id=live.record.request_id)
         except (Lost, WanError) as failure:  # whoever finds the lease run out takes the job over
@@ -715,9 +725,12 @@ class JobService:
             if record.state.is_terminal:
                 self.spawn(self.file(record, etag))
             break
+        if record.state.is_terminal:
+            return record
         try:
             async with asyncio.timeout(2 * self._patiences.renewal_s):
-                return await _last(self._followers.changes(job_id)) or record
+                last = await _last(self._changes_elsewhere(job_id, principal))
+                return last or await self._record(job_id, principal)
         except TimeoutError:
             return await self._record(job_id, principal)
 
@@ -735,11 +748,37 @@ class JobService:
         except Lost:
             live.lost = True
             live.stop()
-        except WanError as failure:  # the store is away, for others too; the record's ETag guards what follows
+        except Exception as failure:  # the store is away, for others too; the record's ETag guards what follows
             log_failure("renewal_failed", failure, job_id=live.job_id)
         else:
             if live.record.cancel_requested:
-                live.stop()
+                live.stop(JobCancelled())
+
+    async def _looking_at_line(self) -> None:
+        while True:
+            await asyncio.sleep(self._patiences.renewal_s)
+            await self._look_at_line()
+
+    async def _look_at_line(self) -> None:
+        """Let go of jobs in line that another process has taken up, ended or deleted meanwhile; some at a time."""
+        waiting = [live for live in self._line if live.etag is not None]
+        if not waiting:
+            return
+        self._looked_at = self._looked_at % len(waiting)
+        some = waiting[self._looked_at : self._looked_at + LINE_LOOKS]
+        self._looked_at += LINE_LOOKS
+        for live in some:
+            try:
+                if await self._recorder.io(self._records.etag, live.job_id) == live.etag:
+                    continue
+            except JobNotFound:
+                pass
+            except Exception as failure:  # the boundary, as for renewals
+                log_failure("look_failed", failure, job_id=live.job_id)
+                return
+            if live.job_id in self._line:
+                live.lost = True
+                self._let_go(live)
 
     async def _changes(
         self, job_id: str, principal: Principal
@@ -765,8 +804,8 @@ class JobService:
             async with aclosing(self._changes_elsewhere(job_id, principal)) as elsewhere:
                 async for record in elsewhere:
                     yield record, None
-            if record.state.is_terminal:
-                return
+                    if record.state.is_terminal:
+                        return
 
     async def _changes_unbegun(self, job_id: str, principal: Principal) -> AsyncGenerator[JobRecord, None]:
         """What there is to say of a batch's job before it has a record. Ends once it has one, or at a stop."""
@@ -794,7 +833,7 @@ class JobService:
                 changed.clear()
                 if not live.lost:
                     yield live.record
-                if live.ended.is_set():
+                if live.ended.is_set() or live.record.state.is_terminal:
                     return
                 await changed.wait()
         finally:
@@ -851,10 +890,21 @@ class JobService:
         live = self._live.get(job_id)
         try:
             record = live.record if live is not None else (await self._recorder.io(self._records.get, job_id))[0]
-        except (JobNotFound, Deleted):
+        except JobNotFound:
+            return None
+        except Deleted:
+            self.spawn(self._bury_again(job_id))  # it was deleted while its end was filed
             return None
         # A job of a batch has an entry of its own for its webhook; it is listed with its batch.
         return record if entry_of(record) == entry and record.batch_id is None else None
+
+    async def _bury_again(self, job_id: str) -> None:
+        try:
+            await self._recorder.io(self._records.get, job_id)
+        except Deleted as deleted:
+            await self._recorder.io(self._records.bury, deleted.tombstone)
+        except WanError as failure:  # the next one who looks does it
+            log_failure("burial_failed", failure, job_id=job_id)
 
     def _view(self, record: JobRecord, live: LiveJob | None = None) -> Job:
         live = live or self._live.get(record.job_id)

@@ -17,7 +17,7 @@ from schemas.jobs import JobRecord, JobState, Tombstone, is_batch_id
 from serve_graph.jobs.limits import Patiences
 from serve_graph.jobs.recording import Recorder
 from serve_graph.logs import log_event, log_failure
-from storage.job_records import ActiveEntry, Deleted, entry_of
+from storage.job_records import ActiveEntry, Deleted, RecordUnreadable, entry_of
 from storage.store import PreconditionFailed
 
 T = TypeVar("T")
@@ -74,10 +74,20 @@ class _Watched:
 class Sweeper:
     """Looks at the active index again and again.
 
-    model: jobs of other models are left to services that have these.
+    model: jobs of other models are left to services that have these. monotonic: the clock, in seconds.
     """
 
-    def __init__(self, recorder: Recorder, patiences: Patiences, *, model: str, jobs: Jobs, batches: Batches) -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        patiences: Patiences,
+        *,
+        model: str,
+        jobs: Jobs,
+        batches: Batches,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._monotonic = monotonic
         self._recorder = recorder
         self._records = recorder.records
         self._patiences = patiences
@@ -97,7 +107,10 @@ class Sweeper:
                 self._watched.clear()  # owners could not renew either: begin to watch anew
             except Exception as failure:  # the boundary: one bad sweep must not be the last one
                 log_failure("sweep_failed", failure)
+            slept = self._monotonic()
             await asyncio.sleep(self._patiences.renewal_s)
+            if self._monotonic() - slept > self._patiences.lease_s:
+                self._watched.clear()  # this process was frozen, and others may have been with it
 
     async def sweep(self) -> None:
         """Look at everything once. Raises StoreUnavailable."""
@@ -127,7 +140,7 @@ class Sweeper:
 
     async def _look_at_item(self, job_id: str) -> None:
         """A job of a batch of this process, in somebody else's hands or with an end that is not filed yet."""
-        now, seen = time.monotonic(), self._watched.get(job_id)
+        now, seen = self._monotonic(), self._watched.get(job_id)
         try:
             etag = await self._recorder.io(self._records.etag, job_id)
             if seen is None or seen.etag != etag:
@@ -137,6 +150,8 @@ class Sweeper:
             self._batches.not_begun(job_id)
         except Deleted as deleted:
             await self._batches.bury(deleted.tombstone)
+        except RecordUnreadable as failure:
+            log_failure("record_unreadable", failure, job_id=job_id)
         else:
             if self._jobs.is_live(job_id) or seen.record is None:
                 return
@@ -146,7 +161,7 @@ class Sweeper:
                 await self._see_to(seen.record, etag, now - seen.since)
 
     async def _look(self, entry: ActiveEntry) -> None:
-        now, seen = time.monotonic(), self._watched.get(entry.id)
+        now, seen = self._monotonic(), self._watched.get(entry.id)
         try:
             etag = await self._recorder.io(self._records.etag, entry.id)
         except JobNotFound:
@@ -162,13 +177,13 @@ class Sweeper:
                 if not isinstance(failure, JobNotFound):
                     log_failure("record_unreadable", failure, job_id=entry.id)
                 return
-            if entry_of(record) != entry.entry:
-                await self._recorder.io(self._records.forget_entry, entry)
-                return
             first = seen is None
             seen = self._watched[entry.id] = _Watched(record, etag, now)
             if first and self._swept:
                 return  # made by another process a moment ago, most likely
+        if seen.record is not None and entry_of(seen.record) != entry.entry:
+            await self._recorder.io(self._records.forget_entry, entry)
+            return
         if self._jobs.is_live(entry.id) or seen.record is None:
             return
         await self._see_to(seen.record, etag, now - seen.since)

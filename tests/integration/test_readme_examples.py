@@ -1,4 +1,4 @@
-"""The README's examples of the command line and the client, run as they stand against a real service."""
+"""The README's examples of jobs, the command line and the client, run as they stand against a real service."""
 
 import json
 import os
@@ -17,7 +17,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 def example(section: str, language: str) -> str:
     """The first block of a language below a heading."""
     text = (PROJECT / "README.md").read_text()
-    found = re.search(rf"^## {section}$.*?^```{language}$(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    found = re.search(rf"^##+ {section}$.*?^```{language}$(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     assert found is not None
     return found[1]
 
@@ -50,3 +50,17 @@ def test_python_client_example_runs(service: RunningService, tmp_path: Path) -> 
 
     assert (tmp_path / "circle.mp4").stat().st_size > 0
     assert "nearest: 77, 81" in printed
+
+
+def test_jobs_example_runs(service: RunningService, tmp_path: Path) -> None:
+    script = example("Jobs", "sh")
+    assert "url=localhost:8000\n" in script
+    printed = run(service, tmp_path, "bash", "-euo", "pipefail", "-c", script.replace("localhost:8000", service.base))
+
+    assert "event: job" in printed
+    assert '"state":"succeeded"' in printed
+    assert '"next_cursor":' in printed
+    with service.client() as http:
+        gone = re.search(r"job_[0-9a-f]{32}", printed)
+        assert gone is not None
+        assert http.get(f"/jobs/{gone[0]}").status_code == 410

@@ -22,6 +22,7 @@ from serve_graph.api_keys import NOBODY, Principal
 from serve_graph.jobs import JobService, Patiences, QueueLimits
 from serve_graph.jobs.batch_intake import Sent
 from serve_graph.metrics import IngressMetrics, new_registry
+from serve_graph.webhooks.policy import WebhookPolicy
 from storage.job_records import JobRecords
 from storage.local import LocalStore
 from storage.signing import LocalPresigner
@@ -126,6 +127,7 @@ def served(
             hash_secret=b"h" * 32,
             metrics=IngressMetrics(new_registry()),
             executor=executor,
+            webhook_policy=WebhookPolicy(can_sign=True),
         )
         yield Served(service, worker, store, records)
 
