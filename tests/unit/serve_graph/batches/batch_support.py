@@ -127,7 +127,7 @@ def served(
             hash_secret=b"h" * 32,
             metrics=IngressMetrics(new_registry()),
             executor=executor,
-            webhook_policy=WebhookPolicy(can_sign=True),
+            webhook_policy=WebhookPolicy(),
         )
         yield Served(service, worker, store, records)
 
