@@ -14,6 +14,7 @@ An attempt that is lost while it is prepared enters `preparing` again. Each atte
 runs the job, and a copy rides on the renewals of its lease for other processes to show.
 """
 
+import re
 import secrets
 from datetime import datetime
 from enum import StrEnum
@@ -210,6 +211,7 @@ _HEX = r"[0-9a-f]{32}"
 ID_PATTERN: Final = rf"{_HEX}(?:-[0-9]{{5}})?"
 """Of jobs and clips, behind their prefix. The five digits: the place in a batch."""
 BATCH_ID_PATTERN: Final = rf"{_BATCH_PREFIX}{_HEX}"
+_ITEM_ID: Final = re.compile(rf"{_JOB_PREFIX}({_HEX})-([0-9]{{5}})")
 
 
 def new_job_id() -> str:
@@ -243,9 +245,9 @@ def item_id(batch_id: str, index: int) -> str:
 
 
 def item_of(job_id: str) -> tuple[str, int] | None:
-    """The batch and the place in it that a job id names; None for a job of its own."""
-    digits, dash, index = job_id.removeprefix(_JOB_PREFIX).partition("-")
-    return (_BATCH_PREFIX + digits, int(index)) if dash else None
+    """The batch and the place in it that a job id names; None for a job of its own, and for what is no job id."""
+    match = _ITEM_ID.fullmatch(job_id)
+    return None if match is None else (_BATCH_PREFIX + match[1], int(match[2]))
 
 
 def clip_id_of(job_id: str) -> str:

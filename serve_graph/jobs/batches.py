@@ -68,7 +68,7 @@ from serve_graph.logs import log_event, log_failure
 from serve_graph.metrics import IngressMetrics
 from serve_graph.prompts import prompt_hash
 from storage.batch_records import BatchDeleted, BatchRecords, entry_of_batch
-from storage.job_records import ActiveEntry, Deleted
+from storage.job_records import ActiveEntry, Deleted, RecordUnreadable
 from storage.keys import entry_id
 from storage.store import InvalidKey, PreconditionFailed
 
@@ -78,7 +78,9 @@ READS_AHEAD: Final = 16
 SEEN_FOR_S: Final = 2.0
 """What the store's lists say of a batch is asked for no more often."""
 
-MAX_SEEN: Final = 64
+MAX_SEEN: Final = 8
+"""Each is 2 MB at 10,000 jobs."""
+
 MIN_ORPHAN_S: Final = 600.0
 """Entries without a manifest are no batch that is being made, once they were there for so long."""
 
@@ -335,7 +337,10 @@ class Batches:
         return found
 
     def _next_of(self, batch: RunningBatch) -> LiveJob | None:
-        index = batch.next_waiting()
+        while (index := batch.next_waiting()) is not None:
+            if self._jobs.live(item_id(batch.batch_id, index)) is None:
+                break
+            batch.put(index, HERE)  # taken over before the batch was known here
         if index is None:
             return None
         try:
@@ -416,6 +421,9 @@ class Batches:
                 await self._refresh(batch)
         except BatchNotFound:
             await self._see_orphan(entry)
+        except RecordUnreadable as failure:  # not this version's: the other entries have to be seen to
+            log_failure("manifest_unreadable", failure)
+            self._refused.add(entry.id)
         except BatchDeleted as deleted:
             self._running.pop(entry.id, None)
             await self._recorder.io(self._records.bury, deleted.tombstone)
@@ -549,20 +557,25 @@ class Batches:
         if batch.cancel is None:
             batch.cancel = cancel
             log_event("batch_cancelled", batch_id=batch.batch_id)
-        for job_id in batch.at(HERE):
-            live = self._jobs.live(job_id)
-            if live is not None and not live.stopping:
-                self._jobs.cancel_live(live)
+        self._stop_live(batch)
         if not batch.looked:
             begun = await self._recorder.io(self._records.begun, batch.batch_id)
             batch.all_ended(await self._recorder.io(self._records.done, batch.batch_id))
             for index in begun:
                 if batch.place(index) == WAITING:
-                    batch.put(index, ELSEWHERE)
+                    live = self._jobs.live(item_id(batch.batch_id, index))
+                    batch.put(index, ELSEWHERE if live is None else HERE)
             batch.looked = True
+            self._stop_live(batch)
         self._tell_metrics()
         if batch.is_over:
             await self._finish(batch)
+
+    def _stop_live(self, batch: RunningBatch) -> None:
+        for job_id in batch.at(HERE):
+            live = self._jobs.live(job_id)
+            if live is not None and not live.stopping and not live.ending:
+                self._jobs.cancel_live(live)
 
     async def _finish(self, batch: RunningBatch) -> None:
         """Record the batch's end; a sweep tries again where the store is away."""
@@ -704,6 +717,9 @@ class Batches:
             head = await self._recorder.io(self._records.head, entry_id(entry))
             return await self.batch(head.batch_id, principal) if entry_of_batch(head) == entry else None
         except (BatchNotFound, BatchGone):
+            return None
+        except RecordUnreadable as failure:
+            log_failure("manifest_unreadable", failure)
             return None
 
     def _running_view(self, batch: RunningBatch) -> Batch:

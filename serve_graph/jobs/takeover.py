@@ -17,7 +17,7 @@ from schemas.jobs import JobRecord, JobState, Tombstone, is_batch_id
 from serve_graph.jobs.limits import Patiences
 from serve_graph.jobs.recording import Recorder
 from serve_graph.logs import log_event, log_failure
-from storage.job_records import ActiveEntry, Deleted, entry_of
+from storage.job_records import ActiveEntry, Deleted, RecordUnreadable, entry_of
 from storage.store import PreconditionFailed
 
 T = TypeVar("T")
@@ -150,6 +150,8 @@ class Sweeper:
             self._batches.not_begun(job_id)
         except Deleted as deleted:
             await self._batches.bury(deleted.tombstone)
+        except RecordUnreadable as failure:
+            log_failure("record_unreadable", failure, job_id=job_id)
         else:
             if self._jobs.is_live(job_id) or seen.record is None:
                 return

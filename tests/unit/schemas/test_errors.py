@@ -9,6 +9,7 @@ import pytest
 import schemas.errors
 from schemas.errors import (
     PROBLEM_TYPE_PREFIX,
+    BatchGone,
     BatchNotFound,
     BodyTooLarge,
     ClipGone,
@@ -60,6 +61,7 @@ SAMPLES = [
     MethodNotAllowed("a detail"),
     ClipNotFound(),
     JobNotFound(),
+    BatchGone(),
     BatchNotFound(),
     ClipGone(),
     JobGone(),

@@ -156,7 +156,7 @@ async def test_events_of_a_job_that_has_not_begun_go_on_to_its_end(batches: Serv
 
 async def test_an_unknown_place_of_a_batch_is_no_job(batches: Served) -> None:
     batch = await submit(batches, prompts(2))
-    for job_id in (item_id(batch.batch_id, 2), item_id("batch_" + "0" * 32, 0)):
+    for job_id in (item_id(batch.batch_id, 2), item_id("batch_" + "0" * 32, 0), "-Infinity", "job_x-1", "-"):
         with pytest.raises(JobNotFound):
             await batches.service.job(job_id)
 
