@@ -66,6 +66,7 @@ class JudgingStore(LocalStore):
         self.written_at: dict[str, float] = {}
         self.commits: dict[str, int] = {}
         self.sweeping = False
+        self.writer: str | None = None
 
     def put(
         self, key: str, body: bytes | Path, *, if_none_match: bool = False, if_match: str | None = None
@@ -73,7 +74,9 @@ class JudgingStore(LocalStore):
         fault, self.fault = self.fault, None
         meanwhile, self.meanwhile = self.meanwhile, None
         if meanwhile is not None and if_match is not None:
+            writer, self.writer = self.writer, None
             meanwhile()  # somebody else is faster
+            self.writer = writer
         if fault == "not applied":
             raise StoreUnavailable("it can't be reached")
         job_id = key.removeprefix("jobs/").removesuffix(".json") if key.startswith("jobs/") else None
@@ -107,6 +110,9 @@ class JudgingStore(LocalStore):
         if after.state is JobState.SUCCEEDED:
             self.commits[job_id] = self.commits.get(job_id, 0) + 1
             assert self.commits[job_id] == 1, "one commit per job"
+        if isinstance(before, JobRecord) and before.lease is not None and not self.sweeping:
+            told = before.model_copy(update={"cancel_requested": True})
+            assert before.lease.owner == self.writer or after == told, "only its owner changes a job, but for a cancel"
         if self.sweeping and before.state.is_owned:
             unchanged_s = self.seconds - self.written_at[job_id]
             assert unchanged_s >= LEASE_S, "an owner that renews keeps its job"
@@ -203,6 +209,7 @@ class JobMachine(RuleBasedStateMachine):
     def drive(self, owner: str, live: LiveJob, work: Callable[[Recorder], Any]) -> bool:
         """One step of a job in its owner's hands, as the job service takes it. Returns whether it was done."""
         mine = self.owners[owner]
+        self.store.writer = mine.recorder.owner
         try:
             self.await_(work(mine.recorder))
         except Lost:
@@ -213,7 +220,7 @@ class JobMachine(RuleBasedStateMachine):
             live.stopping = True
             return False
         finally:
-            self.store.fault = None
+            self.store.fault = self.store.writer = None
         return True
 
     def in_hand(self, *states: JobState) -> list[tuple[str, LiveJob]]:
