@@ -327,8 +327,12 @@ class JobRecords:
 
     def _forget_second_entry(self, refused: JobRecord) -> None:
         """The record was there already; the entry just written is one too many, unless it is the record's own."""
-        with suppress(JobNotFound, Deleted):
-            found, _ = self.get(refused.job_id)
+        found: JobRecord | Tombstone
+        with suppress(JobNotFound):
+            try:
+                found, _ = self.get(refused.job_id)
+            except Deleted as deleted:
+                found = deleted.tombstone
             if entry_of(found) != entry_of(refused):
                 self._store.delete(active_key(refused.principal, entry_of(refused)))
 

@@ -172,10 +172,12 @@ class Sweeper:
                 record, etag = await self._recorder.io(self._records.get, entry.id)
             except Deleted as deleted:
                 await self._recorder.io(self._records.bury, deleted.tombstone)
+                await self._recorder.io(self._records.forget_entry, entry)
                 return
-            except WanError as failure:
-                if not isinstance(failure, JobNotFound):
-                    log_failure("record_unreadable", failure, job_id=entry.id)
+            except JobNotFound:
+                return
+            except RecordUnreadable as failure:
+                log_failure("record_unreadable", failure, job_id=entry.id)
                 return
             first = seen is None
             seen = self._watched[entry.id] = _Watched(record, etag, now)
