@@ -54,6 +54,7 @@ format: $(STAMP) ## Fix what ruff can fix
 
 bench: $(STAMP) ## Measure; writes benchmarks/results/
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.run
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.jobs
 
 clean: ## Remove the environment and everything built; clips and records under data/ stay
 	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

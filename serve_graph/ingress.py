@@ -50,6 +50,7 @@ class Ingress:
         if signer is not None:
             policy = settings.webhooks.policy(can_sign=True)
             self._webhooks = WebhookSender(policy, signer, self._metrics, timeout=settings.webhooks.timeout)
+        retention = settings.storage.job_retention
         self._jobs = JobService(
             profile=settings.profile,
             worker=self._worker,
@@ -69,6 +70,7 @@ class Ingress:
                 lease_s=settings.queue.lease_s,
                 stall_s=settings.engine.hang_timeout_s + settings.queue.worker_patience_s,
                 run_s=settings.queue.max_run_time_s,
+                kept_s=None if retention is None else retention.total_seconds(),
             ),
             default_url_ttl=settings.default_url_ttl,
             hash_secret=opened.hash_secret,

@@ -86,6 +86,11 @@ class StorageSettings(_Section):
     clip_retention_days: int | None = Field(
         default=None, ge=1, description="The bucket deletes clips after so many days; `null`: its rules are left alone."
     )
+    job_retention_days: float | None = Field(
+        default=None,
+        gt=0,
+        description="Ended jobs and batches, and their clips, are deleted after so many days; `null`: never.",
+    )
     patience_s: float = Field(
         default=300.0, ge=0, description="How long a rendered clip, or a job's record, waits for a store that is away."
     )
@@ -97,8 +102,19 @@ class StorageSettings(_Section):
         return self
 
     @property
+    def job_retention(self) -> timedelta | None:
+        """How long an ended job is kept; None: for ever."""
+        return None if self.job_retention_days is None else timedelta(days=self.job_retention_days)
+
+    @property
     def clip_retention(self) -> timedelta | None:
-        """How long the bucket keeps a clip at least; None: for ever, as a local folder does."""
+        """How long a clip is kept at least, by the bucket and by us; None: for ever."""
+        kept = [time for time in (self.bucket_retention, self.job_retention) if time is not None]
+        return min(kept) if kept else None
+
+    @property
+    def bucket_retention(self) -> timedelta | None:
+        """After how long the bucket deletes a clip by a rule of its own; None: never."""
         if self.kind != "s3" or self.clip_retention_days is None:
             return None
         return timedelta(days=self.clip_retention_days)
@@ -238,7 +254,10 @@ class Settings(BaseSettings):
     def _urls_end_before_clips(self) -> "Settings":
         kept = self.storage.clip_retention
         if kept is not None and timedelta(seconds=self.url_ttl_s) > kept:
-            raise ValueError("url_ttl_s is longer than storage.clip_retention_days, and a URL never outlives its clip")
+            raise ValueError(
+                "url_ttl_s is longer than storage.clip_retention_days or job_retention_days, "
+                "and a URL never outlives its clip"
+            )
         return self
 
     @property

@@ -70,7 +70,7 @@ def prepare_store(settings: Settings) -> tuple[Settings, tuple[str, ...]]:
         _bucket(storage),
         s3_credentials(Secrets()),
         create=storage.create_bucket,
-        clip_retention=storage.clip_retention,
+        clip_retention=storage.bucket_retention,
     )
     ready = storage.model_copy(update={"s3": prepared.options})
     return settings.model_copy(update={"storage": ready}), prepared.warnings

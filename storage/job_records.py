@@ -259,6 +259,8 @@ class JobRecords:
             at={**record.at, JobState.DELETED: self._now()},
             request_digest=request_digest(record.job_id, record.request),
         )
+        deleted_at = index_entry(tombstone.at[JobState.DELETED], record.job_id)
+        self._store.put(done_key(record.principal, JobState.DELETED, deleted_at), b"")
         self.write(tombstone, etag)
         self.bury(tombstone)
 

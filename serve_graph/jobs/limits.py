@@ -30,6 +30,7 @@ class Patiences:
     lease_s: a record that stays unchanged for so long has lost its owner.
     stall_s: leases are renewed as long as the worker said something within so much.
     run_s: how long one attempt may run, from its first step on.
+    kept_s: after so much, ended jobs and batches are deleted; None: never. upkeep_s: between two looks for them.
     """
 
     worker_s: float
@@ -37,6 +38,8 @@ class Patiences:
     lease_s: float = 20.0
     stall_s: float = 600.0
     run_s: float = 4 * 3600.0
+    kept_s: float | None = None
+    upkeep_s: float = 300.0
 
     @property
     def renewal_s(self) -> float:

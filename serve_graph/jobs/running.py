@@ -30,6 +30,7 @@ from schemas.webhooks import WebhookDelivery
 from serve_graph.jobs.attempts import Attempts
 from serve_graph.jobs.batches import Batches
 from serve_graph.jobs.census import Census
+from serve_graph.jobs.janitor import Janitor
 from serve_graph.jobs.limits import Patiences, QueueLimits
 from serve_graph.jobs.line import Line, Scheduling
 from serve_graph.jobs.live import LiveJob
@@ -86,11 +87,12 @@ class Running:
         self.last_error: LastError | None = None
         self.batches = make_batches(self)
         self._sweeper = Sweeper(recorder, patiences, model=model, jobs=self, batches=self.batches)
+        self._janitor = Janitor(recorder, patiences)
         self._tell_metrics()
 
     def start(self) -> None:
         """Renew the leases of this process's jobs, and see to those that nobody works on, until `drain`."""
-        for tending in (self._renewing(), self._looking_at_line(), self._sweeper.run()):
+        for tending in (self._renewing(), self._looking_at_line(), self._sweeper.run(), self._janitor.run()):
             self._tending.append(asyncio.create_task(tending, context=contextvars.Context()))
 
     def queue(self) -> QueueHealth:

@@ -8,8 +8,6 @@ import sys
 import threading
 from pathlib import Path
 
-import pytest
-
 from schemas.jobs import Job, JobState
 from schemas.requests import GenerateRequest
 from serve_graph.client import WanClient
@@ -73,8 +71,7 @@ def test_ctrl_c_cancels_a_running_job(service: RunningService, tmp_path: Path) -
         assert client.wait(job_id).state is JobState.CANCELLED
 
 
-@pytest.mark.parametrize("how", ["killed", "stopped"])
-def test_client_follows_a_job_through_a_restart_of_the_service(tmp_path: Path, how: str) -> None:
+def test_client_follows_a_job_through_a_restart_of_the_service(tmp_path: Path) -> None:
     port = free_port()
     queue = {"drain_timeout_s": 0.1, "lease_s": 3}
     service = RunningService(tmp_path, port=port, queue=queue).wait_ready()
@@ -92,10 +89,7 @@ def test_client_follows_a_job_through_a_restart_of_the_service(tmp_path: Path, h
         waiting = threading.Thread(target=lambda: ended.append(client.wait(job.job_id, look)))
         waiting.start()
         assert running.wait(30)
-        if how == "killed":
-            service.kill()
-        else:
-            service.stop()
+        service.kill()
         service = RunningService(tmp_path, port=port, queue=queue).wait_ready()
         waiting.join(90)
         service.stop()

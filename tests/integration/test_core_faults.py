@@ -169,6 +169,18 @@ def test_a_frozen_owner_loses_its_jobs_and_writes_nothing_once_thawed(nursery: N
         wait_for(lambda: len(clips(other)) == 4)
 
 
+def test_a_wall_clock_that_jumps_decides_nothing(nursery: Nursery, tmp_path: Path) -> None:
+    """Neither a lease nor whose job it is: two processes whose clocks jump by days make each clip once."""
+    with cores(nursery, 2, tmp_path) as services:
+        for core in services:
+            planned(core, jumping_clock=True, step_s=0.1).start()
+        job_ids = [submit(services[n % 2], f"{n}") for n in range(16)]
+        jobs = ended_jobs(services[0], job_ids, PATIENCE_S)
+        assert succeeded(jobs) == 16
+        work = Work.read(services[0])
+        assert (work.renders, work.committed_twice) == (16, 0)
+
+
 def test_a_stop_hands_back_what_it_can_not_end(nursery: Nursery, tmp_path: Path) -> None:
     """The next start goes on at once: it need not wait for a lease."""
     with cores(nursery, 1, tmp_path) as (core,):

@@ -211,10 +211,3 @@ def test_a_stop_hands_over_to_the_next_start(tmp_path: Path) -> None:
         assert time.monotonic() - began < 60, "it waited for the lease"
     finally:
         service.stop()
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
-    running = RunningService(tmp_path_factory.mktemp("durable")).wait_ready()
-    yield running
-    running.stop()

@@ -17,6 +17,7 @@ from s3_servers.process import free_port
 from schemas.jobs import Job, JobState
 from service_core.process import Plan
 
+PROJECT = Path(__file__).parents[2]
 START_TIMEOUT_S = 30.0
 LOOK_S = 0.02
 
@@ -27,7 +28,11 @@ class Nursery:
     def __init__(self) -> None:
         command = [sys.executable, "-m", "service_core.process"]
         self._process = subprocess.Popen(  # our own module
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=PROJECT,
+            env=os.environ | {"PYTHONPATH": f"{PROJECT}:{PROJECT / 'tests'}"},
         )
 
     def __enter__(self) -> "Nursery":

@@ -8,13 +8,14 @@ import asyncio
 import hashlib
 import json
 import os
+import random
 import signal
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,7 @@ class Plan:
     drain_s: float = 5.0
     max_waiting_jobs: int = 256
     max_dispatched_jobs: int = 4
+    jumping_clock: bool = False
     environment: dict[str, str] = field(default_factory=dict)
 
     def line(self) -> bytes:
@@ -78,8 +80,8 @@ class WorkLog:
 class CountingRecords(JobRecords):
     """Notes every commit: before it is tried, and once the store has it."""
 
-    def __init__(self, opened: SignedStore, log: WorkLog) -> None:
-        super().__init__(opened.store)
+    def __init__(self, opened: SignedStore, log: WorkLog, *, jumping_clock: bool) -> None:
+        super().__init__(opened.store, now=_jumping_now if jumping_clock else _now)
         self._log = log
 
     def write(self, changed: Any, etag: str, *, again: bool = False) -> str:
@@ -146,6 +148,15 @@ class SlowWorker:
         return GeneratorHealth(model=model, gpu=None)
 
 
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _jumping_now() -> datetime:
+    """Days before or behind what it was a moment ago, as after a thaw or once somebody has set the clock."""
+    return _now() + timedelta(days=random.uniform(-3, 3))  # no secret
+
+
 def serve(plan: Plan) -> None:
     """Serve until SIGTERM."""
     os.environ.update(plan.environment)
@@ -160,7 +171,7 @@ def serve(plan: Plan) -> None:
     jobs = JobService(
         profile=WAN_TINY,
         worker=worker,
-        records=CountingRecords(opened, log),
+        records=CountingRecords(opened, log, jumping_clock=plan.jumping_clock),
         presigner=opened.presigner,
         limits=QueueLimits(plan.max_waiting_jobs, plan.max_dispatched_jobs),
         patiences=Patiences(worker_s=10.0, store_s=plan.store_patience_s, lease_s=plan.lease_s),

@@ -10,10 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.figures import Measure, keeps_rate, no_slower, ratios, spread, within_overhead
+from benchmarks import trace
+from benchmarks.figures import Measure, at_most, keeps_rate, no_slower, ratios, spread, within_overhead
 from benchmarks.processes import Memory, cpu_seconds, memory, role_of
 from benchmarks.races import Numbers, Plan
-from benchmarks.report import Agreement, Asked, Machine, Report, markdown, median_timings, write_report
+from benchmarks.report import (
+    Agreement,
+    Asked,
+    JobsReport,
+    Machine,
+    Report,
+    markdown,
+    median_timings,
+    write_jobs_report,
+    write_report,
+)
 from benchmarks.workload import IN_FLIGHT, closed_loop, request
 from schemas.clips import Timings
 from schemas.official_profiles import WAN_TINY
@@ -171,3 +182,37 @@ def test_help_is_told_without_measuring() -> None:
 
     assert told.returncode == 0
     assert all(option in told.stdout for option in ("--clips", "--rounds", "--out", "--check"))
+
+
+def test_at_most_compares_the_median_of_the_pairs_with_its_share() -> None:
+    met = at_most("srpt / fifo", [1.0, 2.0, 9.0], [4.0, 5.0, 10.0], share=0.5)
+    missed = at_most("srpt / fifo", [3.0, 4.0, 9.0], [4.0, 5.0, 10.0], share=0.5)
+
+    assert (met.ratio.median, met.passed) == (0.4, True)
+    assert (missed.ratio.median, missed.passed) == (0.8, False)
+
+
+def test_arrivals_are_the_same_for_each_seed_and_ordered_in_time() -> None:
+    sent = trace.arrivals(3, short_s=0.1, long_s=1.0)
+
+    assert sent == trace.arrivals(3, short_s=0.1, long_s=1.0)
+    assert sent != trace.arrivals(4, short_s=0.1, long_s=1.0)
+    assert [arrival.at_s for arrival in sent] == sorted(arrival.at_s for arrival in sent)
+    assert {arrival.is_long for arrival in sent} == {True, False}
+
+
+def test_jobs_report_has_a_row_for_each_measure_and_each_goal(tmp_path: Path) -> None:
+    report = JobsReport(
+        created_at=datetime(2026, 11, 5, 12, 0, tzinfo=UTC),
+        duration_s=12.0,
+        machine=Machine(cpu="A CPU", num_cores=2, memory_bytes=8 * 2**30, load=0.25),
+        versions={"python": "3.11.0"},
+        measures=(Measure(name="accepted as batches", unit="items/s", spread=spread([100.0, 200.0, 300.0])),),
+        comparisons=(at_most("page with many / few", [1.2], [1.0], share=1.5),),
+    )
+    write_jobs_report(report, tmp_path)
+
+    text = (tmp_path / "jobs.md").read_text()
+    assert "| accepted as batches | 200" in text
+    assert "| page with many / few | 1.200 |" in text
+    assert JobsReport.model_validate_json((tmp_path / "jobs.json").read_text()) == report
