@@ -259,8 +259,9 @@ class JobRecords:
             at={**record.at, JobState.DELETED: self._now()},
             request_digest=request_digest(record.job_id, record.request),
         )
-        deleted_at = index_entry(tombstone.at[JobState.DELETED], record.job_id)
-        self._store.put(done_key(record.principal, JobState.DELETED, deleted_at), b"")
+        if item_of(record.job_id) is None:  # what is left of a batch's job goes with its batch
+            deleted_at = index_entry(tombstone.at[JobState.DELETED], record.job_id)
+            self._store.put(done_key(record.principal, JobState.DELETED, deleted_at), b"")
         self.write(tombstone, etag)
         self.bury(tombstone)
 

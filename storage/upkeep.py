@@ -1,7 +1,8 @@
 """Retention and garbage: what is deleted because its time is over, and what no record names. Knows no schedule.
 
 Nothing here reads the history: the indexes count time down in their keys, so what is older than a moment is what
-sorts behind it. Any number of processes may do this at the same time; each deletion is a compare-and-swap first.
+sorts behind it. Any number of processes may do this at the same time: a deletion is a compare-and-swap first, and
+what is deleted without one (tombstones, clips) is of an age at which nobody writes it any more.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from storage.keys import (
     entry_id,
     entry_of_key,
     job_key,
+    parse_output_key,
     principal_of_key,
     start_after_entry,
     time_before,
@@ -82,7 +84,9 @@ class Upkeep:
                 job_id = entry_id(entry_of_key(key))
                 try:
                     self._jobs.get(job_id)
-                except Deleted:
+                except Deleted as deleted:
+                    if deleted.tombstone.at[JobState.DELETED] > self._now() - TOMBSTONES_KEPT:
+                        continue  # made and deleted again since; this one has an entry of its own
                     self._store.delete(job_key(job_id))
                     forgotten += 1
                 except JobNotFound:
@@ -95,7 +99,8 @@ class Upkeep:
         page = self._store.list("clips/", start_after=cursor, limit=limit)
         by_clip: dict[str, list[ObjectStat]] = {}
         for stat in page.stats:
-            by_clip.setdefault(stat.key.split("/")[1], []).append(stat)
+            with suppress(InvalidKey):  # somebody else's, in a bucket that is shared
+                by_clip.setdefault(parse_output_key(stat.key).clip_id, []).append(stat)
         deleted = 0
         for clip_id, stats in by_clip.items():
             old = [stat for stat in stats if stat.last_modified < self._now() - GARBAGE_AGE]

@@ -2,6 +2,7 @@
 
 import asyncio
 from datetime import timedelta
+from secrets import token_hex
 
 from schemas.errors import WanError
 from serve_graph.jobs.limits import Patiences
@@ -20,7 +21,7 @@ class Janitor:
         self._kept = None if patiences.kept_s is None else timedelta(seconds=patiences.kept_s)
         store = recorder.records.store
         self._upkeep = Upkeep(store, recorder.records, BatchRecords(store))
-        self._cursor: str | None = None
+        self._cursor: str | None = f"clips/clip_{token_hex(2)}"  # anywhere: not all processes live for a whole round
 
     async def run(self) -> None:
         """Tidy until cancelled."""

@@ -1,5 +1,6 @@
 """Job records: their life in a store, and what is refused."""
 
+import json
 import pickle
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -144,6 +145,23 @@ def test_write_again_is_lost_where_another_came_first(records: JobRecords, store
     store.delete(job_key(record.job_id))
     with pytest.raises(PreconditionFailed):
         records.write(records.moved(record, JobState.PREPARING), etag, again=True)
+
+
+@pytest.mark.parametrize("state", [JobState.SUCCEEDED, JobState.FAILED, JobState.RUNNING])
+def test_get_reads_what_version_1_wrote(records: JobRecords, store: LocalStore, state: JobState) -> None:
+    """The files are of the code of that time (commit 342826c)."""
+    body = (Path(__file__).parent / "records" / f"version_1_{state}.json").read_bytes()
+    job_id = json.loads(body)["job_id"]
+    store.put(job_key(job_id), body)
+    record, etag = records.get(job_id)
+
+    assert (record.state, record.principal, record.request.seed) == (state, "alice", 7)
+    assert record.created_at == record.at[JobState.QUEUED] == datetime(2026, 11, 20, 12, 0, 0, 250_000, tzinfo=UTC)
+    assert (record.attempts, record.crashes, record.lease, record.idempotent) == (1, 0, None, False)
+    assert (record.result is not None) == (state is JobState.SUCCEEDED)
+    assert (record.error is not None) == (state is JobState.FAILED)
+    records.write(records.amended(record, cancel_requested=True), etag)
+    assert records.get(job_id)[0].version == 2
 
 
 def damaged_bodies() -> dict[str, bytes]:

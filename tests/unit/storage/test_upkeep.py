@@ -11,7 +11,7 @@ import pytest
 from schemas.batches import BatchCounts, BatchItem, BatchManifest, BatchSummary
 from schemas.clips import Timings
 from schemas.errors import JobNotFound
-from schemas.jobs import JobRecord, JobState, Lease, RenderedClip, new_batch_id, new_job_id
+from schemas.jobs import JobRecord, JobState, Lease, RenderedClip, item_id, new_batch_id, new_job_id
 from schemas.official_profiles import WAN_TINY
 from schemas.requests import GenerateRequest
 from schemas.webhooks import WebhookDelivery
@@ -145,6 +145,52 @@ def test_a_tombstone_is_forgotten_after_its_time(
         jobs.get(record.job_id)
     assert keys(store, "done/") == []
     assert keys(store, "jobs/") == []
+
+
+def test_a_tombstone_of_a_batch_s_job_lives_as_long_as_its_batch(
+    upkeep: Upkeep, ended: Ended, jobs: JobRecords, clock: Clock
+) -> None:
+    """The manifest would say that the job has not begun."""
+    batch_id = new_batch_id()
+    record = ended(timedelta(days=1), job_id=item_id(batch_id, 0), batch_id=batch_id)
+    jobs.delete(*jobs.get(record.job_id))
+    clock.now += 2 * TOMBSTONES_KEPT
+
+    assert upkeep.forget_tombstones() == 0
+    with pytest.raises(Deleted):
+        jobs.get(record.job_id)
+
+
+def test_an_entry_that_a_crash_left_forgets_no_later_tombstone(
+    upkeep: Upkeep, ended: Ended, jobs: JobRecords, store: LocalStore, clock: Clock
+) -> None:
+    """The id was deleted, forgotten, made again under its idempotency key and deleted again."""
+    first = ended(timedelta(days=1))
+    jobs.delete(*jobs.get(first.job_id))
+    (left,) = keys(store, "done/")
+    clock.now += TOMBSTONES_KEPT + timedelta(hours=1)
+    upkeep.forget_tombstones()
+    store.put(left, b"")
+    ended(timedelta(0), job_id=first.job_id)
+    jobs.delete(*jobs.get(first.job_id))
+
+    assert upkeep.forget_tombstones() == 0
+    with pytest.raises(Deleted):
+        jobs.get(first.job_id)
+    clock.now += TOMBSTONES_KEPT + timedelta(hours=1)
+    assert upkeep.forget_tombstones() == 1
+    assert keys(store, "done/") == []
+
+
+def test_objects_of_others_are_not_garbage(upkeep: Upkeep, store: LocalStore, clock: Clock) -> None:
+    """A bucket may be shared, and its prefix is empty by default."""
+    others = ["clips/holiday.mp4", "clips/holiday/beach.mp4", "clips/clip_" + "1" * 32 + "/notes.txt"]
+    for key in others:
+        store.put(key, b"not ours")
+    clock.now = datetime.now(UTC) + 2 * GARBAGE_AGE
+
+    assert upkeep.collect_garbage(None).deleted == 0
+    assert keys(store, "clips/") == sorted(others)
 
 
 @pytest.mark.parametrize("age", [GARBAGE_AGE * 2, timedelta(0)])

@@ -27,10 +27,12 @@ from serve_graph.jobs.limits import Patiences
 from serve_graph.jobs.live import LiveJob
 from serve_graph.jobs.recording import Lost, Recorder
 from serve_graph.jobs.takeover import MIN_ORPHAN_S, Sweeper
+from storage.batch_records import BatchRecords
 from storage.job_records import ENDS, ActiveEntry, Deleted, JobRecords, entry_of
 from storage.keys import active_key, clip_key, done_key
 from storage.local import LocalStore
 from storage.store import ObjectStat, PreconditionFailed
+from storage.upkeep import Upkeep
 
 OWNERS = ("ada", "bob", "cyd")
 KEYS = ("one", "two", "three")
@@ -376,6 +378,11 @@ class JobMachine(RuleBasedStateMachine):
         """Whoever makes no step meanwhile was frozen."""
         self.store.seconds += seconds
 
+    @rule()
+    def collect_garbage(self) -> None:
+        """Without a time of grace, as if every attempt took longer than that."""
+        Upkeep(self.store, self.records, BatchRecords(self.store), now=much_later).collect_garbage(None)
+
     # ---- what always holds
 
     def stored(self) -> dict[str, JobRecord | Tombstone]:
@@ -419,6 +426,13 @@ class JobMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "store"):
             return
+        try:
+            self.all_is_seen_to()
+        finally:
+            self.loop.close()
+            self.folder.cleanup()
+
+    def all_is_seen_to(self) -> None:
         self.store.fault = self.store.meanwhile = None
         last = self.start("ada")
         self.owners = {"ada": last}
@@ -437,14 +451,20 @@ class JobMachine(RuleBasedStateMachine):
                 self.records.get(job_id_of(key))
             except Deleted as deleted:
                 self.records.bury(deleted.tombstone)
+        self.collect_garbage()
+        records = self.stored().values()
+        named = [record.result.key for record in records if isinstance(record, JobRecord) and record.result is not None]
+        assert self.keys("clips/") == sorted(named)
         done = set(self.keys("done/"))
         for record in self.stored().values():
             assert record.state.is_terminal
             filed = [done_key(record.principal, state, entry_of(record)) for state in ENDS]
             expected = [done_key(record.principal, record.state, entry_of(record))]
             assert [key for key in filed if key in done] == (expected if isinstance(record, JobRecord) else [])
-        self.loop.close()
-        self.folder.cleanup()
+
+
+def much_later() -> datetime:
+    return datetime.now(UTC) + timedelta(days=1)
 
 
 def job_id_of(key: str) -> str:
@@ -453,8 +473,8 @@ def job_id_of(key: str) -> str:
 
 TestJobMachine = JobMachine.TestCase
 TestJobMachine.settings = settings(
-    max_examples=40,
-    stateful_step_count=40,
+    max_examples=60,
+    stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
