@@ -5,6 +5,7 @@ torch and diffusers are imported inside the fixtures: a test that asks for none 
 The parts are loaded once per session and shared, so a test that hooks into a module takes its hook off again.
 """
 
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +40,8 @@ TELL = "tell: "
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job, for all its children, too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "ceph: needs Ceph's daemons (`make test-ceph`)")
 
 
