@@ -118,3 +118,37 @@ async def test_a_chunked_body_that_is_too_large_is_refused_over_a_real_connectio
             answer = await reader.readuntil(b"\r\n\r\n")
 
     assert b" 413 " in answer
+
+
+async def test_a_waiting_client_with_a_key_that_goes_away_leaves_its_job(api: Api, port: int) -> None:
+    """It may come back for it."""
+    gate = api.jobs.worker.gates["running"]
+    gate.close()
+    keyed = REQUEST.replace(b"Host:", b"Idempotency-Key: order-66\r\nHost:")
+    async with connected(port, keyed % len(BODY) + BODY):
+        await gate.reached()
+    line = await api.log.wait_for("request")
+    gate.open()
+
+    await api.jobs.service.drain(PATIENCE_S)
+    assert line["status"] == 499
+    assert api.jobs.record(line["job_id"]).state is JobState.SUCCEEDED
+
+
+async def test_a_client_that_goes_away_from_an_event_stream_leaves_nothing(api: Api, port: int) -> None:
+    gate = api.jobs.worker.gates["running"]
+    gate.close()
+    answer = await api.http.post("/generate", json={"prompt": "a"}, headers={"prefer": "respond-async"})
+    await gate.reached()
+    job_id = answer.json()["job_id"]
+    live = api.jobs.service._running.live(job_id)
+    assert live is not None
+    async with connected(port, b"GET /jobs/%s/events HTTP/1.1\r\nHost: wan.test\r\n\r\n" % job_id.encode()) as reader:
+        await reader.readuntil(b"event: job")
+        assert len(live.listeners) == 1
+    async with asyncio.timeout(PATIENCE_S):
+        while live.listeners:  # noqa: ASYNC110  # the server has no event for it
+            await asyncio.sleep(0.01)
+    gate.open()
+
+    assert (await api.jobs.service.wait(job_id)).job_id == job_id
