@@ -219,6 +219,8 @@ def open_jobs(
     lease_s: float = 20.0,
     stall_s: float = 600.0,
     run_s: float = 600.0,
+    kept_s: float | None = None,
+    upkeep_s: float = 300.0,
 ) -> Iterator[Jobs]:
     """A job service over the real store and records; only the worker is scripted."""
     clock = Clock()
@@ -233,7 +235,7 @@ def open_jobs(
             records=records,
             presigner=presigner,
             limits=QueueLimits(max_waiting_jobs, max_dispatched_jobs, max_clip_pixels),
-            patiences=Patiences(worker_patience_s, store_patience_s, lease_s, stall_s, run_s),
+            patiences=Patiences(worker_patience_s, store_patience_s, lease_s, stall_s, run_s, kept_s, upkeep_s),
             default_url_ttl=timedelta(seconds=600),
             hash_secret=b"h" * 32,
             metrics=metrics,
