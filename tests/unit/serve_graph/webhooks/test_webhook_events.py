@@ -21,6 +21,7 @@ def record(state: JobState) -> JobRecord:
         job_id=new_job_id(),
         request_id="r1",
         state=state,
+        created_at=BEGAN,
         at={JobState.QUEUED: BEGAN, state: ENDED},
         attempt_token="token",
         request=request,
