@@ -251,10 +251,7 @@ class ScriptedService:
 
     def start(self) -> None:
         config = uvicorn.Config(
-            scripted_app(self.script, log_config=None),
-            port=self.port,
-            log_level="critical",
-            timeout_graceful_shutdown=1,
+            scripted_app(self.script), port=self.port, log_config=None, access_log=False, timeout_graceful_shutdown=1
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
