@@ -154,42 +154,26 @@ def _whose_turn(scratch: Path, bar: Progress, measures: list[Measure], compariso
     ):
         services = {"fifo": fifo, "srpt": srpt}
         asyncio.run(_race(services, outcomes, lambda: bar.advance(task)))
-    for name, found in outcomes.items():
-        for what, values in (
-            ("short clips, mean", [outcome.short_mean_s for outcome in found]),
-            ("short clips, p95", [outcome.short_p95_s for outcome in found]),
-            ("worst long clip", [outcome.worst_long_s for outcome in found]),
-        ):
-            measures.append(Measure(name=f"{name}: {what}", unit="s", spread=spread(values)))
-        rates = [outcome.clips_per_s for outcome in found]
-        measures.append(Measure(name=f"{name}: whole trace", unit="clips/s", spread=spread(rates)))
-    srpt_found, fifo_found = outcomes["srpt"], outcomes["fifo"]
+    goals = {"short clips, mean": 0.5, "short clips, p95": 0.5, "worst long clip": 1.5}
+    seconds = {name: _seconds(found) for name, found in outcomes.items()}
+    rates = {name: [outcome.clips_per_s for outcome in found] for name, found in outcomes.items()}
+    for name in outcomes:
+        measures += [Measure(name=f"{name}: {what}", unit="s", spread=spread(seconds[name][what])) for what in goals]
+        measures.append(Measure(name=f"{name}: whole trace", unit="clips/s", spread=spread(rates[name])))
     comparisons += [
-        at_most(
-            "srpt / fifo, short clips, mean",
-            [outcome.short_mean_s for outcome in srpt_found],
-            [outcome.short_mean_s for outcome in fifo_found],
-            share=0.5,
-        ),
-        at_most(
-            "srpt / fifo, short clips, p95",
-            [outcome.short_p95_s for outcome in srpt_found],
-            [outcome.short_p95_s for outcome in fifo_found],
-            share=0.5,
-        ),
-        at_most(
-            "srpt / fifo, worst long clip",
-            [outcome.worst_long_s for outcome in srpt_found],
-            [outcome.worst_long_s for outcome in fifo_found],
-            share=1.5,
-        ),
-        keeps_rate(
-            "srpt / fifo, whole trace",
-            [outcome.clips_per_s for outcome in srpt_found],
-            [outcome.clips_per_s for outcome in fifo_found],
-            share=0.95,
-        ),
+        at_most(f"srpt / fifo, {what}", seconds["srpt"][what], seconds["fifo"][what], share=share)
+        for what, share in goals.items()
     ]
+    comparisons.append(keeps_rate("srpt / fifo, whole trace", rates["srpt"], rates["fifo"], share=0.95))
+
+
+def _seconds(found: Sequence[trace.Outcome]) -> dict[str, list[float]]:
+    """The figures of each trace that a goal is about."""
+    return {
+        "short clips, mean": [outcome.short_mean_s for outcome in found],
+        "short clips, p95": [outcome.short_p95_s for outcome in found],
+        "worst long clip": [outcome.worst_long_s for outcome in found],
+    }
 
 
 async def _race(
