@@ -81,9 +81,6 @@ SEEN_FOR_S: Final = 2.0
 MAX_SEEN: Final = 8
 """Each is 2 MB at 10,000 jobs."""
 
-MIN_ORPHAN_S: Final = 600.0
-"""Entries without a manifest are no batch that is being made, once they were there for so long."""
-
 _PLACE = re.compile(r"[0-9]{5}")
 
 
@@ -639,7 +636,7 @@ class Batches:
 
     async def _see_orphan(self, entry: ActiveEntry) -> None:
         now = time.monotonic()
-        if now - self._orphans.setdefault(entry.id, now) > max(MIN_ORPHAN_S, 10 * self._patiences.lease_s):
+        if now - self._orphans.setdefault(entry.id, now) > self._patiences.orphan_s:
             await self._recorder.io(self._records.forget_entries, entry)
 
     async def _fetch(self, batch: RunningBatch, index: int) -> None:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from serve_graph.scheduling import Policy
 
+MIN_ORPHAN_S = 600.0
+
 
 @dataclass(frozen=True)
 class QueueLimits:
@@ -40,6 +42,11 @@ class Patiences:
     run_s: float = 4 * 3600.0
     kept_s: float | None = None
     upkeep_s: float = 300.0
+
+    @property
+    def orphan_s(self) -> float:
+        """An index entry that leads to nothing is nothing that is just being made, once it was there for so long."""
+        return max(MIN_ORPHAN_S, 10 * self.lease_s)
 
     @property
     def renewal_s(self) -> float:

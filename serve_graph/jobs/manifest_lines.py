@@ -38,14 +38,13 @@ class ManifestLines:
     async def item(self, batch_id: str, index: int) -> BatchItem:
         """An item. Raises BatchNotFound, StoreUnavailable."""
         found = self.cached(batch_id, index)
-        if found is None:
-            await self.fetch(batch_id, index, await self.ends(batch_id))
-            found = self.cached(batch_id, index)
-        assert found is not None, "just fetched"  # noqa: S101  # no await in between
-        return found
+        if found is not None:
+            return found
+        lines = await self.fetch(batch_id, index, await self.ends(batch_id))
+        return BatchItem.model_validate_json(lines[index % LINES_PER_READ])
 
-    async def fetch(self, batch_id: str, index: int, ends: "array[int]") -> None:
-        """Have a line, and those beside it, at hand. Raises BatchNotFound, StoreUnavailable."""
+    async def fetch(self, batch_id: str, index: int, ends: "array[int]") -> list[bytes]:
+        """Have a line, and those beside it, at hand. Returns them all. Raises BatchNotFound, StoreUnavailable."""
         number = index // LINES_PER_READ
         first = number * LINES_PER_READ
         lines = await self._recorder.io(self._records.lines, batch_id, ends, first, LINES_PER_READ)
@@ -54,6 +53,7 @@ class ManifestLines:
         self._bytes += sum(map(len, lines))
         while self._bytes > MAX_BYTES and len(self._chunks) > 1:
             self._drop(next(iter(self._chunks)))
+        return lines
 
     async def ends(self, batch_id: str) -> "array[int]":
         """Where the lines end. Raises BatchNotFound, StoreUnavailable."""

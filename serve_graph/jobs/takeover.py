@@ -28,9 +28,6 @@ MAX_LOOKS = 1_000
 LOOKERS = 8
 """Looks at the store at the same time; half of the pool's threads."""
 
-MIN_ORPHAN_S = 600.0
-"""An entry without a record is no job that is being made, once it was there for so long."""
-
 
 class Jobs(Protocol):
     """What the sweeper needs of the job service."""
@@ -230,5 +227,5 @@ class Sweeper:
     async def _see_orphan(self, entry: ActiveEntry, now: float, seen: _Watched | None) -> None:
         if seen is None:
             self._watched[entry.id] = _Watched(None, None, now)
-        elif now - seen.since > max(MIN_ORPHAN_S, 10 * self._patiences.lease_s):
+        elif now - seen.since > self._patiences.orphan_s:
             await self._recorder.io(self._records.forget_entry, entry)

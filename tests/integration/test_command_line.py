@@ -43,7 +43,8 @@ def test_generate_jobs_status_and_cancel_agree(service: RunningService, tmp_path
     assert isinstance(clip, dict)
 
     listed = printed(service, tmp_path, "jobs", "--state", "succeeded", "--limit", "1")
-    assert [job["job_id"] for job in listed["jobs"]] == [clip["job_id"]]  # type: ignore[attr-defined]
+    assert isinstance(listed["jobs"], list)
+    assert [job["job_id"] for job in listed["jobs"]] == [clip["job_id"]]
     assert printed(service, tmp_path, "status", clip["job_id"], "--watch")["state"] == "succeeded"
     assert printed(service, tmp_path, "cancel", clip["job_id"])["state"] == "succeeded"
     assert (tmp_path / "clip.mp4").stat().st_size == clip["size_bytes"]

@@ -237,6 +237,11 @@ def on_bucket(server: Ministack, folder: Path) -> dict[str, object]:
     return {"storage": {"kind": "s3", "folder": str(folder / "secret"), "create_bucket": True, "s3": bucket}}
 
 
+def num_waiting(core: Core) -> int:
+    waiting: int = httpx.get(core.base + "/health", timeout=10).json()["queue"]["waiting"]
+    return waiting
+
+
 def test_ten_thousand_jobs_wait(nursery: Nursery, tmp_path: Path, tell: Callable[[str, str], None]) -> None:
     """In bounded memory, and they all wait still after a kill."""
     count = 10_000
@@ -265,8 +270,7 @@ def test_ten_thousand_jobs_wait(nursery: Nursery, tmp_path: Path, tell: Callable
         core.kill()
         began = time.monotonic()
         core.start()
-        waiting = lambda: httpx.get(core.base + "/health", timeout=10).json()["queue"]["waiting"]  # noqa: E731
-        wait_for(lambda: waiting() >= count - 2)
+        wait_for(lambda: num_waiting(core) >= count - 2)
         resumed_s = time.monotonic() - began
         page = httpx.get(core.base + "/jobs", params={"limit": 100}, timeout=10).json()
         assert len(page["jobs"]) == 100

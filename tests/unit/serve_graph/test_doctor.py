@@ -115,7 +115,7 @@ def test_doctor_tells_a_clock_that_is_off(off_s: float) -> None:
 @pytest.fixture
 def foreign_server() -> Iterator[int]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
-        server.RequestHandlerClass.log_message = lambda *_: None  # type: ignore[method-assign, assignment]
+        server.RequestHandlerClass.log_message = lambda *_: None  # type: ignore[method-assign, assignment]  # silent
         thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         yield server.server_port

@@ -18,7 +18,7 @@ REQUEST = GenerateRequest(prompt="a red circle\u2028moving left")
 
 
 def client_of(scripted: ScriptedService, **options: object) -> WanClient:
-    return WanClient(scripted.base, **options)  # type: ignore[arg-type]
+    return WanClient(scripted.base, **options)  # type: ignore[arg-type]  # options of several types
 
 
 def test_busy_answers_are_waited_out_and_told(scripted: ScriptedService) -> None:

@@ -23,10 +23,10 @@ from schemas.errors import JobCancelled, JobNotFound, StoreUnavailable
 from schemas.jobs import TRANSITIONS, JobRecord, JobState, RenderedClip, Tombstone, job_id_from
 from schemas.official_profiles import WAN_TINY
 from schemas.requests import GenerateRequest
-from serve_graph.jobs.limits import Patiences
+from serve_graph.jobs.limits import MIN_ORPHAN_S, Patiences
 from serve_graph.jobs.live import LiveJob
 from serve_graph.jobs.recording import Lost, Recorder
-from serve_graph.jobs.takeover import MIN_ORPHAN_S, Sweeper
+from serve_graph.jobs.takeover import Sweeper
 from storage.batch_records import BatchRecords
 from storage.job_records import ENDS, ActiveEntry, Deleted, JobRecords, entry_of
 from storage.keys import active_key, clip_key, done_key
@@ -52,7 +52,7 @@ class AtOnce(Executor):
         future: Future[Any] = Future()
         try:
             future.set_result(fn(*args, **kwargs))
-        except Exception as error:
+        except Exception as error:  # as an executor does it
             future.set_exception(error)
         return future
 
