@@ -172,7 +172,7 @@ class JobService:
                 return known
         parameters, fits = self._admission.check(request)
         self._admission.admit(principal)
-        self._running.census.submitting[principal.name] += 1  # until `_create` has made it a live job
+        self._running.census.submitting[principal.name] += 1  # until `Running.create` has it in line
         try:
             if not fits:
                 await self._worker.check(parameters)
