@@ -216,7 +216,8 @@ class JobMachine(RuleBasedStateMachine):
             self.await_(work(mine.recorder))
         except Lost:
             del mine.live[live.job_id]
-            self.records.discard_clip(live.record)
+            if live.started:  # before that the attempt's token may be another's too
+                self.records.discard_clip(live.record)
             return False
         except (JobCancelled, StoreUnavailable):
             live.stopping = True
@@ -276,6 +277,7 @@ class JobMachine(RuleBasedStateMachine):
         found = self.in_hand(JobState.QUEUED)
         owner, live = found[which % len(found)]
         if self.drive(owner, live, lambda recorder: recorder.claim(live)):
+            live.started = True
             self.drive(owner, live, lambda recorder: recorder.move(live, JobState.RUNNING))
 
     @precondition(lambda self: self.in_hand(JobState.PREPARING))
@@ -283,6 +285,7 @@ class JobMachine(RuleBasedStateMachine):
     def begin(self, which: int, fault: str | None) -> None:
         found = self.in_hand(JobState.PREPARING)
         owner, live = found[which % len(found)]
+        live.started = True
         self.store.fault = fault
         self.drive(owner, live, lambda recorder: recorder.move(live, JobState.RUNNING))
 
