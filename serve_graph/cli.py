@@ -12,6 +12,7 @@ import typer
 from serve_graph.api_keys import InvalidApiKeys, Role, new_key
 from serve_graph.cli_batch import batch
 from serve_graph.cli_client import FAILED, INTERRUPTED, WRONG_USAGE, AsJson, fail, print_json
+from serve_graph.cli_eval import evaluate
 from serve_graph.cli_generate import generate
 from serve_graph.cli_jobs import cancel, health, jobs, models, status
 from serve_graph.settings import ConfigError
@@ -44,6 +45,7 @@ def serve(config: Config = CONFIG, host: Host = None, port: Port = None, as_json
 
 for command in (generate, batch, jobs, status, cancel, models, health):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 @app.command()

@@ -12,44 +12,52 @@ import numpy as np
 from serve_graph.tiny_wan.world import Scene
 
 SHAPE_WORDS = {
-    "circle": "circle|circle|circle|disc|disk|ball|dot|orb|round shape|sphere",
-    "square": "square|square|square|box|block|cube|tile|square shape",
-    "triangle": "triangle|triangle|triangle|triangular shape|wedge|pyramid|three-sided shape|cone",
+    "circle": "circle|circle|circle|disc|disk|ball|dot|orb|round shape|sphere|round thing|round object|marble|"
+    "bubble|coin",
+    "square": "square|square|square|box|block|cube|tile|square shape|square object|brick|square thing",
+    "triangle": "triangle|triangle|triangle|triangular shape|wedge|pyramid|three-sided shape|cone|triangular object|"
+    "triangular thing",
 }
 COLOUR_WORDS = {
-    "red": "red|red|red|crimson|scarlet|ruby|bright red|cherry",
-    "green": "green|green|green|emerald|jade|bright green|grass green",
-    "blue": "blue|blue|blue|navy|azure|cobalt|bright blue|sapphire",
-    "yellow": "yellow|yellow|yellow|golden|lemon|bright yellow|gold",
-    "orange": "orange|orange|orange|tangerine|amber|bright orange",
-    "purple": "purple|purple|purple|violet|lilac|plum|dark purple",
-    "white": "white|white|white|snowy|ivory|pure white|snow white",
-    "black": "black|black|black|ebony|jet black|pitch black|coal black",
+    "red": "red|red|red|crimson|scarlet|ruby|bright red|cherry|dark red|deep red|blood red|ruby red",
+    "green": "green|green|green|emerald|jade|bright green|grass green|dark green|forest green|deep green",
+    "blue": "blue|blue|blue|navy|azure|cobalt|bright blue|sapphire|navy blue|deep blue|dark blue|royal blue|ocean blue",
+    "yellow": "yellow|yellow|yellow|golden|lemon|bright yellow|gold|sunny yellow|canary yellow|lemon yellow",
+    "orange": "orange|orange|orange|tangerine|amber|bright orange|pumpkin|deep orange",
+    "purple": "purple|purple|purple|violet|lilac|plum|dark purple|lavender|deep purple",
+    "white": "white|white|white|snowy|ivory|pure white|snow white|chalk white|plain white",
+    "black": "black|black|black|ebony|jet black|pitch black|coal black|inky|deep black|midnight black",
 }
 SIZE_WORDS = {
-    "small": "small|little|tiny|mini",
+    "small": "small|little|tiny|mini|miniature|smallish",
     "medium": "|medium|medium-sized|mid-sized",
-    "large": "big|large|huge|giant|great",
+    "large": "big|large|huge|giant|great|enormous|massive|oversized",
 }
 SPEED_WORDS = {
-    "slow": "slowly|gently|unhurriedly|at a slow pace|lazily",
+    "slow": "slowly|gently|unhurriedly|at a slow pace|lazily|calmly|very slowly",
     "medium": "|steadily|at a steady pace|smoothly",
-    "fast": "quickly|fast|rapidly|swiftly|at high speed|in a hurry",
+    "fast": "quickly|fast|rapidly|swiftly|at high speed|in a hurry|very fast|speedily",
 }
 TOWARDS = {
     "left": "left|left|to the left|to the left|leftward|leftwards|toward the left|towards the left|to the left side|"
-    "from right to left|from the right to the left|in the left direction|to the left edge",
+    "from right to left|from the right to the left|in the left direction|to the left edge|"
+    "off to the left|left across the frame",
     "right": "right|right|to the right|to the right|rightward|rightwards|toward the right|towards the right|"
-    "to the right side|from left to right|from the left to the right|in the right direction|to the right edge",
+    "to the right side|from left to right|from the left to the right|in the right direction|"
+    "to the right edge|off to the right|right across the frame",
     "up": "up|up|upward|upwards|to the top|toward the top|towards the top|from bottom to top|"
-    "from the bottom to the top|up the screen|straight up|to the top edge",
+    "from the bottom to the top|up the screen|straight up|to the top edge|up across the frame|toward the top edge",
     "down": "down|down|downward|downwards|to the bottom|toward the bottom|towards the bottom|from top to bottom|"
-    "from the top to the bottom|down the screen|straight down|to the bottom edge",
+    "from the top to the bottom|down the screen|straight down|to the bottom edge|down across the frame|"
+    "toward the bottom edge",
 }
-MOVE = "move|move|drift|slide|glide|travel|float|go|head|fly|roll|shift|pass|wander|sail"
+MOVE = (
+    "move|move|drift|slide|glide|travel|float|go|head|fly|roll|shift|pass|wander|sail|run|creep|proceed|"
+    "push|zoom|make its way|journey|swim"
+)
 OWN_VERBS = {
-    "up": "rise|rise|ascend|climb|go up|lift off",
-    "down": "fall|fall|sink|descend|drop|go down",
+    "up": "rise|rise|ascend|climb|go up|lift off|soar|float up",
+    "down": "fall|fall|sink|descend|drop|go down|plunge|come down",
 }
 """Verbs that say the direction themselves."""
 STILL_FINITE = (
@@ -106,6 +114,19 @@ TRAINING_TEMPLATES = (
     "{shape}: {c}. background: {b}. motion: {moving}",
     "{size} {c} {shape} {bg} {moving}, {style}",
     "{a} {c} {shape} {moves} {bg}, {style}",
+    "the {size} {shape} {moves} and its colour is {c}; the background is {b}",
+    "the background has the colour {b}, the {shape} is {c} and {moves}",
+    "{a} {shape} {moving} {bg}. the {shape} is {c}",
+    "{a} {c} {shape} {moving}, background {b}",
+    "{a} {size} {c} {shape} {moving}, {b} background",
+    "{bg} you can see {a} {c} {shape} that {moves}",
+    "it is {a} {c} {shape}. it {moves} {bg}",
+    "{c} {size} {shape}. {b} background. {moving}",
+    "behind {a} {c} {shape} that {moves} everything is {b}",
+    "{a} {size} {shape}, {c} and bright, {moves} {bg}",
+    "only {a} {c} {shape} {bg}, {moving}",
+    "{a} {c} coloured {shape} {moves} {bg}",
+    "{a} {c}-colored {shape} {moving} {bg}",
 )
 """{moves}: a finite verb with its direction; {moving}: a participle; {bg}: a phrase with {b}, the background's word."""
 
@@ -128,9 +149,9 @@ _WITHOUT_MOTION = ("{a} {size} {c} {shape} {bg}", "{c} {shape}, {b} background",
 """Of scenes that stand still: who names no motion wants none."""
 
 
-def training_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption in one of the training's templates."""
-    chance = rng.random()
+def training_caption(scene: Scene, rng: np.random.Generator, *, complete: bool = False) -> str:
+    """A caption in one of the training's templates. complete: it leaves neither background nor motion out."""
+    chance = 0.5 if complete else rng.random()
     if scene.motion == "still" and chance < 0.15:
         return _fill(_WITHOUT_MOTION, scene, rng)
     return _fill(_WITHOUT_BACKGROUND if chance > 0.97 else TRAINING_TEMPLATES, scene, rng)
@@ -145,6 +166,16 @@ def plain_caption(scene: Scene) -> str:
     """The plainest: `a red circle moving left on a blue background`."""
     moving = "standing still" if scene.motion == "still" else f"moving {scene.motion}"
     return f"a {scene.colour} {scene.shape} {moving} on a {scene.background} background"
+
+
+def all_words() -> set[str]:
+    """Every word that a caption can have, held-out templates included: the tokeniser keeps each whole."""
+    pools = [*SHAPE_WORDS.values(), *COLOUR_WORDS.values(), *SIZE_WORDS.values(), *SPEED_WORDS.values()]
+    pools += [*TOWARDS.values(), STILL_FINITE, STILL_PARTICIPLE, BACKGROUND, OPENING, STYLE, "a|an|the|one|is"]
+    pools += [*TRAINING_TEMPLATES, *HELD_OUT_TEMPLATES, *_WITHOUT_BACKGROUND, *_WITHOUT_MOTION]
+    for verb in "|".join([MOVE, *OWN_VERBS.values()]).split("|"):
+        pools += [_third_person(verb), _participle(verb)]
+    return {word for pool in pools for word in re.findall(r"[a-z0-9']+", re.sub(r"{\w+}", " ", pool))}
 
 
 def _fill(templates: Sequence[str], scene: Scene, rng: np.random.Generator) -> str:

@@ -89,7 +89,7 @@ class LatentClips:
 
 def encode_clips(run: RunFolder, checkpoint: Path, first_stage: bool, count: int) -> LatentClips:
     """Draw clips and encode them once; kept in the run's folder, 250 to a file."""
-    name, per_file = ("first" if first_stage else "all"), 250
+    name, per_file = ("first" if first_stage else "all"), min(250, count)
     vae, parts, scenes = None, [], []
     run.folder.mkdir(parents=True, exist_ok=True)
     for number in range(math.ceil(count / per_file)):
@@ -124,8 +124,12 @@ def train_model(
     steps: int = STEPS,
     batch: int = BATCH,
     num_clips: tuple[int, int] = (FIRST_CLIPS, ALL_CLIPS),
+    num_sampled: int = 32,
 ) -> float:
-    """Write `checkpoint`/transformer and /scheduler. Goes on where it was. Returns the mean of the last 50 losses."""
+    """Write `checkpoint`/transformer and /scheduler. Goes on where it was. Returns the mean of the last 50 losses.
+
+    num_sampled: clips that are made and measured every 2,000 steps and at the end.
+    """
     torch.manual_seed(SEED)
     text = FrozenText(load_text_parts(checkpoint / ".", torch.device("cpu"), "float32"))
     first_clips = encode_clips(run, checkpoint, True, num_clips[0])
@@ -167,7 +171,8 @@ def train_model(
                 run.log(kind="gate", step=step, passed="colours from here on")
         if step % 2_000 == 1_999 or step == steps - 1:
             save_model(model, average, checkpoint)
-            run.log(kind="adherence", step=step, **adherence(checkpoint, text, num_clips=32))
+            if num_sampled:
+                run.log(kind="adherence", step=step, **adherence(checkpoint, text, num_sampled))
         if run.should_save() or step == steps - 1:
             run.save(
                 {
@@ -331,7 +336,8 @@ def adherence(checkpoint: Path, text: FrozenText, num_clips: int) -> dict[str, f
     rng = np.random.default_rng((SEED, 10**7))
     scenes = [held_out_scene(rng) for _ in range(num_clips)]
     prompts = [
-        held_out_caption(scene, rng) if i % 2 else training_caption(scene, rng) for i, scene in enumerate(scenes)
+        held_out_caption(scene, rng) if i % 2 else training_caption(scene, rng, complete=True)
+        for i, scene in enumerate(scenes)
     ]
     readings = [measure(frames) for frames in sample(checkpoint, text, prompts)]
     right = {

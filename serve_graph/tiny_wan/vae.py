@@ -52,8 +52,13 @@ def make_vae() -> AutoencoderKLWan:
     )
 
 
-def train_vae(run: RunFolder, checkpoint: Path, steps: int = STEPS, batch: int = BATCH) -> float:
-    """Train to `steps`, go on where an earlier call stopped. Writes `checkpoint`/vae. Returns the last loss."""
+def train_vae(
+    run: RunFolder, checkpoint: Path, steps: int = STEPS, batch: int = BATCH, num_measured: int = 128
+) -> float:
+    """Train to `steps`, go on where an earlier call stopped. Writes `checkpoint`/vae. Returns the last loss.
+
+    num_measured: clips that give the latents' mean and spread.
+    """
     torch.manual_seed(SEED)
     vae = make_vae()
     initialize(vae)
@@ -86,7 +91,7 @@ def train_vae(run: RunFolder, checkpoint: Path, steps: int = STEPS, batch: int =
             run.log(kind="check", step=step, psnr=psnr, shape=readable)
         if run.should_save() or step == steps - 1:
             run.save({"step": step + 1, "vae": vae.state_dict(), "optimizers": [o.state_dict() for o in optimizers]})
-    save_vae(vae, checkpoint)
+    save_vae(vae, checkpoint, num_measured)
     return loss.item()
 
 
@@ -97,11 +102,11 @@ def passes_gate(vae: AutoencoderKLWan, run: RunFolder, num_clips: int = 100) -> 
     return readable >= GATE
 
 
-def save_vae(vae: AutoencoderKLWan, checkpoint: Path) -> None:
+def save_vae(vae: AutoencoderKLWan, checkpoint: Path, num_measured: int) -> None:
     """Write `checkpoint`/vae, with the latents' mean and spread in its configuration, as the pipeline wants them."""
     rng = np.random.default_rng((SEED, 10**6))
     with torch.inference_mode():
-        clips = [draw_clip(rng, 17) for _ in range(128)]
+        clips = [draw_clip(rng, 17) for _ in range(num_measured)]
         latents = torch.cat([encode(vae, to_tensor(np.stack(clips[i : i + 8]))) for i in range(0, len(clips), 8)])
     std, mean = torch.std_mean(latents, dim=(0, 2, 3, 4))
     saved = make_vae()

@@ -98,7 +98,7 @@ class Placement:
 
 
 def place(scene: Scene, rng: np.random.Generator) -> Placement:
-    """Draw what a caption doesn't say: the exact place, size and speed. The shape stays within the frame."""
+    """Draw what a caption doesn't say: the exact place, size and speed. Only a large, fast shape is cut a little."""
     radius = SIZES[scene.size] + rng.uniform(-0.7, 0.7)
     way = (SPEEDS[scene.speed] + rng.uniform(-2, 2)) if scene.motion != "still" else 0.0
     dx, dy = MOTIONS[scene.motion]
