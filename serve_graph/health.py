@@ -36,7 +36,10 @@ class JobsProbe(Protocol):
 
 
 class HealthMonitor:
-    """Probes the generator and the store, together and at most once a second however many ask."""
+    """Probes the generator and the store, together and at most once a second however many ask.
+
+    on_demand: the model is loaded where and when there is work, so that a service without one is ready, too.
+    """
 
     def __init__(
         self,
@@ -45,7 +48,10 @@ class HealthMonitor:
         store: ObjectStore,
         jobs: JobsProbe,
         executor: Executor,
+        *,
+        on_demand: bool = False,
     ) -> None:
+        self._on_demand = on_demand
         self._settings = settings
         self._probe = probe
         self._store = store
@@ -105,6 +111,8 @@ class HealthMonitor:
             self._problem = None if self._generator.model.loaded else ModelNotReady("the model is loading")
         except WanError as error:
             self._generator, self._problem = None, error
+        if self._on_demand:
+            self._problem = None
 
     async def _probe_store(self) -> None:
         """A check that hangs holds one thread of the pool, not one more with each refresh."""

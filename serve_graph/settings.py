@@ -145,6 +145,9 @@ class QueueSettings(_Section):
         description="A job whose record nobody renewed for so long is taken over from its process.",
     )
     max_run_time_s: float = Field(default=4 * 3600.0, gt=0, description="How long one attempt at a job may run.")
+    by_call: bool = Field(
+        default=False, description="Jobs run only while a platform's calls are open, as in a Modal container."
+    )
     worker_patience_s: float = Field(
         default=600.0, ge=0, description="How long a job waits for a lost generator or preprocessor to be replaced."
     )
@@ -225,6 +228,11 @@ class Settings(BaseSettings):
     )
     cors_origins: tuple[str, ...] = Field(
         default=(), description="Origins whose pages may call the API, such as `https://app.example.com`; `*`: all."
+    )
+    max_wait_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="`POST /generate` answers 202 with the job once it has waited so long; `null`: it waits on.",
     )
     max_body_bytes: int = Field(default=64 * 1024, ge=1_024, description="Larger request bodies get a 413.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(

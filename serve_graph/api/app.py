@@ -37,12 +37,13 @@ def create_api(
     cors_origins: Sequence[str] = (),
     signed_clips: SignedClips | None = None,
     clip_retention: timedelta | None = None,
+    max_wait_s: float | None = None,
     while_running: Callable[[], AbstractAsyncContextManager[None]] | None = None,
 ) -> FastAPI:
     """The application.
 
     signed_clips: where this service answers the store's presigned URLs itself. clip_retention: how long clips are
-    kept; None: for ever.
+    kept; None: for ever. max_wait_s: how long `POST /generate` waits at most before it answers with the job.
     """
 
     @asynccontextmanager
@@ -65,7 +66,7 @@ def create_api(
     authenticator = authenticator or Authenticator(None, protect_monitoring=False)
     all_routes = [*app.routes]  # the documentation's; an included router hides its own
     routers = [
-        routes(service, profile, authenticator),
+        routes(service, profile, authenticator, max_wait_s),
         job_routes(service.jobs, authenticator),
         batch_routes(service.jobs, service.health, profile, authenticator),
         openai_routes(service.jobs, service.health, profile, authenticator, clip_retention),
@@ -90,7 +91,10 @@ def create_api(
             CORSMiddleware,
             allow_origins=list(cors_origins),
             allow_methods=["GET", "HEAD", "POST", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", "Prefer", "Range", REQUEST_ID_HEADER],
+            allow_headers=[
+                *("Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", "Prefer", "Range"),
+                REQUEST_ID_HEADER,
+            ],
             expose_headers=[
                 *(REQUEST_ID_HEADER, "Location", "Preference-Applied", "Retry-After", "WWW-Authenticate"),
                 *("Accept-Ranges", "Content-Range", "Content-Disposition", "ETag", POLL_AFTER),

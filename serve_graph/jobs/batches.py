@@ -56,6 +56,7 @@ from schemas.requests import GenerateRequest, GenerationParameters
 from schemas.webhooks import WebhookDelivery
 from serve_graph.api_keys import Principal
 from serve_graph.jobs.batch_intake import Intake, Sent, Taken
+from serve_graph.jobs.calling import Caller
 from serve_graph.jobs.limits import Patiences
 from serve_graph.jobs.live import LiveJob
 from serve_graph.jobs.manifest_lines import ManifestLines
@@ -86,6 +87,9 @@ _PLACE = re.compile(r"[0-9]{5}")
 
 class Jobs(Protocol):
     """What batches need of the job service."""
+
+    @property
+    def caller(self) -> Caller | None: ...
 
     def live(self, job_id: str) -> LiveJob | None: ...
 
@@ -175,6 +179,8 @@ class Batches:
         """
         if webhook_url is not None:
             self._check_url(webhook_url)
+        if self._jobs.caller is not None:
+            await self._jobs.caller.count()
         batch_id = new_batch_id()
         known = None
         if idempotency_key is not None:
@@ -379,6 +385,17 @@ class Batches:
             if batch.is_over:
                 self._jobs.spawn(self._finish(batch))
 
+    async def work_on(self, batch_id: str) -> None:
+        """Work on a batch until it has ended, here or elsewhere. Raises StoreUnavailable."""
+        try:
+            head = await self._recorder.io(self._records.head, batch_id)
+        except (BatchNotFound, BatchGone):
+            return
+        await self.see(ActiveEntry(head.principal, entry_of_batch(head)))
+        batch = self._running.get(batch_id)
+        if batch is not None:
+            await batch.over.wait()
+
     def foreign(self) -> list[str]:
         """Jobs whose records have to be looked at."""
         return [job_id for batch in self._running.values() for job_id in batch.at(ELSEWHERE)]
@@ -437,6 +454,8 @@ class Batches:
 
     def _admit(self, principal: Principal) -> None:
         unfinished = sum(batch.head.principal == principal.name for batch in self._running.values())
+        if self._jobs.caller is not None:
+            unfinished = self._jobs.caller.unfinished_batches[principal.name]
         if unfinished + self._submitting[principal.name] >= self._max_batches:
             raise QuotaExceeded(self._max_batches, 60, "batches")
 
@@ -484,8 +503,10 @@ class Batches:
     async def _abandon(self, batch_id: str) -> None:
         batch = self._running.get(batch_id)
         try:
-            if batch is not None:
-                await self._see_cancelled(batch, await self._recorder.io(self._records.cancel, batch_id))
+            if batch is not None or self._jobs.caller is not None:
+                cancel = await self._recorder.io(self._records.cancel, batch_id)
+                if batch is not None:
+                    await self._see_cancelled(batch, cancel)
         except WanError as failure:  # the store is away: the batch runs
             log_failure("batch_abandon_failed", failure)
 
@@ -496,7 +517,10 @@ class Batches:
         except PreconditionFailed:
             return await self._known(manifest.batch_id) or manifest.request_digest
         log_event("batch_created", batch_id=manifest.batch_id, request_id=manifest.request_id)
-        self._run(manifest, await self._lines.ends(manifest.batch_id), {}, None)
+        if self._jobs.caller is None:
+            self._run(manifest, await self._lines.ends(manifest.batch_id), {}, None)
+        else:
+            await self._jobs.caller.begin_batch(manifest.batch_id, manifest.total)
         return manifest.request_digest
 
     def _run(
@@ -530,6 +554,9 @@ class Batches:
             return
         cancel = await self._recorder.io(self._records.cancelled, batch_id)
         if head.model != self._model and cancel is None:  # left to services that have this model
+            return
+        if self._jobs.caller is not None and cancel is None:
+            await self._jobs.caller.see_batch(batch_id, head.total)
             return
         ends = await self._lines.ends(batch_id)
         done = await self._recorder.io(self._records.done, batch_id)
