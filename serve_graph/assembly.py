@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol
 
 from fastapi import FastAPI
@@ -51,7 +51,7 @@ class Assembly:
         self._exposition = exposition
         self._echo_request_id = echo_request_id
         self._authenticator = Authenticator(accepted_keys(settings), protect_monitoring=settings.protect_monitoring)
-        self._metrics = IngressMetrics(registry or new_registry())
+        self.metrics = IngressMetrics(registry or new_registry())
         self.executor = ThreadPoolExecutor(max_workers=STORE_THREADS, thread_name_prefix="wan-store")
         opened = open_signed_store(settings)
         self.store: ObjectStore = opened.store
@@ -59,7 +59,7 @@ class Assembly:
         self._webhooks = None
         if signer is not None:
             policy = settings.webhooks.policy(can_sign=True)
-            self._webhooks = WebhookSender(policy, signer, self._metrics, timeout=settings.webhooks.timeout)
+            self._webhooks = WebhookSender(policy, signer, self.metrics, timeout=settings.webhooks.timeout)
         retention = settings.storage.job_retention
         self.jobs = JobService(
             profile=settings.profile,
@@ -85,7 +85,7 @@ class Assembly:
             ),
             default_url_ttl=settings.default_url_ttl,
             hash_secret=opened.hash_secret,
-            metrics=self._metrics,
+            metrics=self.metrics,
             executor=self.executor,
             clip_retention=settings.storage.clip_retention,
             webhook_policy=settings.webhooks.policy(can_sign=signer is not None),
@@ -97,12 +97,12 @@ class Assembly:
         )
         self._signed_clips = None if opened.local is None else SignedClips(opened.local, self.executor)
 
-    def app(self) -> FastAPI:
-        """The application; its lifespan is that of this process's jobs."""
+    def app(self, while_running: Callable[[], AbstractAsyncContextManager[None]] | None = None) -> FastAPI:
+        """The application; its lifespan is that of this process's jobs, unless it is given another."""
         return create_api(
             Service(self.jobs, self._health, self._exposition),
             profile=self._settings.profile,
-            metrics=self._metrics,
+            metrics=self.metrics,
             max_body_bytes=self._settings.max_body_bytes,
             echo_request_id=self._echo_request_id,
             authenticator=self._authenticator,
@@ -110,7 +110,7 @@ class Assembly:
             signed_clips=self._signed_clips,
             clip_retention=self._settings.storage.clip_retention,
             max_wait_s=self._settings.max_wait_s,
-            while_running=self._running,
+            while_running=while_running or self._running,
         )
 
     async def drain(self) -> None:

@@ -9,12 +9,13 @@ from typing import Protocol
 
 from schemas.errors import ModelNotReady, ShuttingDown, StoreUnavailable, WanError
 from schemas.health import GeneratorHealth, Health, LastError, ModelHealth, QueueHealth, StorageHealth
+from serve_graph import __version__
 from serve_graph.settings import Settings
 from storage.store import ObjectStore
 
 MAX_AGE_S = 1.0
 STORE_TIMEOUT_S = 5.0
-_PACKAGES = ("wan-serve", "ray", "torch", "diffusers", "transformers")
+_PACKAGES = ("ray", "torch", "diffusers", "transformers")
 
 
 class GeneratorProbe(Protocol):
@@ -64,7 +65,9 @@ class HealthMonitor:
         self._problem: WanError | None = None
         self._store_problem: WanError | None = None
         self._store_check: asyncio.Future[None] | None = None
-        self._versions = {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+        self._versions = {"python": platform.python_version(), "wan-serve": __version__} | {
+            name: version(name) for name in _PACKAGES
+        }
         self.draining = False
 
     async def require_ready(self) -> None:

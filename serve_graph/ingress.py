@@ -1,22 +1,30 @@
 """The ingress deployment: the FastAPI application over the job service, wired to the other two deployments."""
 
+import asyncio
 from typing import Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from starlette.types import ASGIApp
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from schemas.errors import ModelNotReady
 from serve_graph.assembly import Assembly
+from serve_graph.instances import Instances, Reporter
 from serve_graph.logs import configure_logging
 from serve_graph.metrics import merge, new_registry, snapshot
 from serve_graph.niceness import step_back
 from serve_graph.ray_worker import RayWorker
+from serve_graph.renewal import renew_process
 from serve_graph.settings import Settings
 
 
 @serve.ingress()
 class Ingress:
-    """Builds its application on the replica, where the environment's secrets are."""
+    """Builds its application on the replica, where the environment's secrets are.
+
+    With `queue.by_call` that happens in `awaken`, after the memory snapshot; until then all requests get a 503.
+    """
 
     def __init__(
         self, settings: Settings, preprocessor: DeploymentHandle[Any], generator: DeploymentHandle[Any]
@@ -27,8 +35,14 @@ class Ingress:
         configure_logging(level=settings.log_level, deployment=self._deployment, replica=self._replica)
         self._worker = RayWorker(preprocessor, generator)
         self._registry = new_registry()
-        self._assembly = Assembly(
-            settings,
+        self._settings = settings
+        self._app: ASGIApp | None = None
+        self._reporting: asyncio.Task[None] | None = None
+        self._assembly = None if settings.queue.by_call else self._assemble()
+
+    def _assemble(self) -> Assembly:
+        return Assembly(
+            self._settings,
             self._worker,
             exposition=self._exposition,
             registry=self._registry,
@@ -37,7 +51,41 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:  # Serve's name for it
         """The application, built once per replica."""
-        return self._assembly.app()
+        return self._dormant if self._assembly is None else self._assembly.app()
+
+    async def _dormant(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            for event in ("startup", "shutdown"):
+                await receive()
+                if event == "shutdown":
+                    await self.drain()
+                await send({"type": f"lifespan.{event}.complete"})
+        elif self._app is None:
+            await PlainTextResponse("the service is not awake yet", 503)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def awaken(self, environment: dict[str, str], start: str) -> None:
+        """Begin to serve, with these variables in the environment. start: how the graph came up, for the metrics."""
+        renew_process(environment)
+        self._assembly = self._assemble()
+        self._assembly.metrics.container_started(start)
+        self._app = self._assembly.app()
+        self._assembly.jobs.start()
+        self._reporter = Reporter(
+            Instances(self._assembly.store),
+            self._assembly.executor,
+            metrics=self._exposition,
+            generator=self._worker.health,
+            interval_s=self._settings.queue.lease_s / 3,
+        )
+        self._reporting = asyncio.create_task(self._reporter.run())
+
+    async def work_on(self, work_id: str) -> None:
+        """See `JobService.work_on`."""
+        if self._assembly is None:
+            raise ModelNotReady("the service is not awake yet")
+        await self._assembly.jobs.work_on(work_id)
 
     async def _exposition(self) -> bytes:
         own = (self._deployment, self._replica, snapshot(self._registry))
@@ -45,7 +93,12 @@ class Ingress:
 
     async def drain(self) -> None:
         """Refuse new jobs and let the others end, within the configured limit."""
-        await self._assembly.drain()
+        if self._assembly is not None:
+            await self._assembly.drain()
+        if self._reporting is not None:
+            self._reporting.cancel()
+            self._reporting = None
+            await self._reporter.report(ended=True)
 
 
 def ingress_options(settings: Settings) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from fastapi_offline import FastAPIOffline
 
 from schemas.batches import MAX_BATCH_BYTES
 from schemas.model_profile import ModelProfile
+from serve_graph import __version__
 from serve_graph.api.auth import Authenticator
 from serve_graph.api.batch_routes import BATCHES, batch_routes
 from serve_graph.api.clip_files import SignedClips, clip_file_routes
@@ -57,7 +58,7 @@ def create_api(
     app: FastAPI = FastAPIOffline(
         title="wan-serve",
         description=DESCRIPTION,
-        version="0.1.0",
+        version=__version__,
         redoc_url=None,
         lifespan=lifespan,
         redirect_slashes=False,

@@ -102,6 +102,10 @@ class Running:
         for tending in (self._renewing(), self._looking_at_line(), self._sweeper.run(), self._janitor.run()):
             self._tending.append(asyncio.create_task(tending, context=contextvars.Context()))
 
+    async def tidy(self) -> None:
+        """One round of the janitor's. Raises StoreUnavailable."""
+        await self._janitor.tidy()
+
     def queue(self) -> QueueHealth:
         """How full the service is."""
         census = self.census

@@ -150,6 +150,10 @@ class JobService:
         """Renew the leases of this process's jobs, and see to those that nobody works on, until `drain`."""
         self._running.start()
 
+    async def tidy(self) -> None:
+        """Delete what has expired and some of what is garbage, once. Raises StoreUnavailable."""
+        await self._running.tidy()
+
     async def drain(self, timeout_s: float) -> None:
         """Refuse new jobs, let those under way end, and hand back to the store what has not after `timeout_s`."""
         await self._running.drain(timeout_s)

@@ -1,0 +1,160 @@
+"""The whole Ray Serve graph in one container, before and after a memory snapshot. Knows no Modal.
+
+Before the snapshot Ray and Serve start, the model is loaded and warmed up. After it, every replica gets this
+container's own secrets and begins to work; a graph that does not answer then is built anew.
+"""
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import psutil
+
+from schemas.errors import ModelNotReady
+from schemas.requests import GenerateRequest
+from serve_graph.logs import configure_logging, log_event, log_failure
+from serve_graph.on_modal.options import CONFIG, ModalOptions, service_args
+from serve_graph.renewal import renew_process
+from serve_graph.server import (
+    ServeConfig,
+    check_schema,
+    deploy,
+    load_config,
+    ray_environment,
+    ray_runtime,
+    stop_app,
+)
+from serve_graph.settings import SECRET_NAMES
+
+AWAKEN_TIMEOUT_S = 20.0
+"""A thawed Serve answered within a second; moving a 14B model to the GPU takes several."""
+
+WARM_UP_PROMPT = "a paper boat on a pond"
+
+
+class Container:
+    """`start`, then `awaken` (once, perhaps in another container than `start`), then `work_on`, then `stop`."""
+
+    def __init__(self, options: ModalOptions) -> None:
+        self._options = options
+        self._config: ServeConfig | None = None
+        self._stack = ExitStack()
+        self._started_in = os.environ.get("MODAL_TASK_ID")
+        self._ingress: Any = None
+        self._start: str | None = None
+        self._awake_s: float | None = None
+
+    @property
+    def port(self) -> int:
+        """Of the graph's own ingress, on loopback."""
+        return self._loaded.port
+
+    def start(self) -> None:
+        """Bring the graph up, model and all, and warm it up. Raises ConfigError, StartFailed, WanError."""
+        began = time.monotonic()
+        args = service_args(self._options)
+        args.setdefault("queue", {})["by_call"] = True
+        if self._options.snapshot == "cpu":
+            args["model"]["load_on_cpu"] = True
+        self._config = config = load_config(CONFIG, args=args)
+        configure_logging(level=config.settings.log_level)
+        config.settings.data_dir.mkdir(parents=True, exist_ok=True)
+        self._stack.enter_context(ray_environment(config.settings))
+        schema = check_schema(config.serve)
+        self._stack.enter_context(ray_runtime(num_gpus=1))  # in a CPU snapshot there is none yet
+        deploy(schema, config.app_name, threading.Event())
+        if self._options.snapshot != "cpu":
+            asyncio.run(self._warm_up())
+        log_event("graph_started", seconds=round(time.monotonic() - began, 3))
+
+    def awaken(self) -> None:
+        """Have the replicas work with this container's secrets; build the graph anew where it does not answer."""
+        began = time.monotonic()
+        renew_process({})
+        restored = os.environ.get("MODAL_TASK_ID") != self._started_in
+        start = "restored" if restored else "fresh"
+        try:
+            asyncio.run(asyncio.wait_for(self._awaken(start), AWAKEN_TIMEOUT_S))
+        except Exception as failure:  # whatever a restore has broken
+            if isinstance(failure, ModelNotReady):  # the graph answers, and says what is wrong
+                raise
+            log_failure("restore_failed", failure)
+            start = "rebuilt"
+            self._abandon()
+            self.start()
+            asyncio.run(asyncio.wait_for(self._awaken(start), AWAKEN_TIMEOUT_S))
+        self._start, self._awake_s = start, round(time.monotonic() - began, 3)
+        log_event("graph_awake", start=start, seconds=self._awake_s)
+
+    async def work_on(self, work_id: str) -> bool:
+        """Work until this job or batch has ended; False when that takes longer than a call may."""
+        from ray import serve
+
+        if self._ingress is None:
+            self._ingress = serve.get_app_handle(self._loaded.app_name)
+        try:
+            async with asyncio.timeout(self._options.timeout - self._loaded.settings.queue.drain_timeout_s - 30):
+                await self._ingress.work_on.remote(work_id)
+        except TimeoutError:
+            return False
+        return True
+
+    async def started(self) -> dict[str, Any]:
+        """How this container came up, in how many seconds after the snapshot, and with which GPU."""
+        (generator,) = self._handles("Generator")
+        health = await generator.health.remote()
+        return {
+            "container": os.environ.get("MODAL_TASK_ID"),
+            "start": self._start,
+            "awake_s": self._awake_s,
+            "gpu": None if health.gpu is None else health.gpu.name,
+        }
+
+    def stop(self) -> None:
+        """Let running jobs end within the drain limit, hand the others back, and take everything down."""
+        if self._config is not None:
+            stop_app(self._config)
+            self._stack.close()
+
+    @property
+    def _loaded(self) -> ServeConfig:
+        if self._config is None:
+            raise ModelNotReady("the graph has not been started")
+        return self._config
+
+    async def _warm_up(self) -> None:
+        """Render each size that the profile names, with one step, without the store."""
+        preprocessor, generator = self._handles("Preprocessor", "Generator")
+        profile = self._loaded.settings.profile
+        clips = []
+        for resolution in profile.resolutions:
+            request = GenerateRequest(prompt=WARM_UP_PROMPT, resolution=resolution, num_inference_steps=1)
+            parameters = profile.resolve(request)
+            clips.append((parameters, await preprocessor.prepare.remote(parameters)))
+        await generator.warm_up.remote(clips)
+
+    async def _awaken(self, start: str) -> None:
+        environment = {name: os.environ[name] for name in SECRET_NAMES if name in os.environ}
+        generator, ingress = self._handles("Generator", "Ingress")
+        await generator.awaken.remote(environment)
+        await ingress.awaken.remote(environment, start)
+
+    def _handles(self, *deployments: str) -> list[Any]:
+        from ray import serve
+
+        return [serve.get_deployment_handle(name, self._loaded.app_name) for name in deployments]
+
+    def _abandon(self) -> None:
+        """End what is left of a broken graph, without asking it."""
+        import ray
+
+        for process in psutil.Process().children(recursive=True):
+            log_event("process_killed", level=logging.WARNING, name=process.name())
+            process.kill()
+        ray.shutdown()
+        self._stack = ExitStack()
+        self._ingress = None
