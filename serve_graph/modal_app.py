@@ -5,7 +5,7 @@ the whole Ray Serve graph; `sweep` looks after what fell in between. Options: `o
 """
 
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import modal
@@ -56,12 +56,14 @@ def _image() -> modal.Image:
 
 app = modal.App(OPTIONS.modal_app, tags={"service": "wan-serve"}, include_source=False)
 
+_Volumes = dict[str | PurePosixPath, modal.Volume | modal.CloudBucketMount]
+
 _SHARED: dict[str, Any] = {
     "image": _image(),
     "env": container_environment(),
     "secrets": [modal.Secret.from_name(name, required_keys=keys) for name, keys in OPTIONS.secrets.items()],
 }
-_READ_ONLY_WEIGHTS = {OPTIONS.weights_dir: WEIGHTS.with_mount_options(read_only=True)}
+_READ_ONLY_WEIGHTS: _Volumes = {OPTIONS.weights_dir: WEIGHTS.with_mount_options(read_only=True)}
 
 
 @app.cls(

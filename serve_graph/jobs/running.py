@@ -139,6 +139,10 @@ class Running:
                 task.cancel()
         await asyncio.gather(*self._tending, *self._filing, return_exceptions=True)
 
+    async def looked(self) -> None:
+        """Wait until this process knows what waits in the store. It has been started."""
+        await self._sweeper.looked.wait()
+
     def is_live(self, job_id: str) -> bool:
         """Whether this process has the job in hand."""
         return job_id in self._live

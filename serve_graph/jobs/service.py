@@ -402,6 +402,7 @@ class JobService:
         """
         if self._running.turns is None:
             raise RuntimeError("this service begins jobs by itself")
+        await _unless(self._running.drained, self._running.looked())
         async with self._running.turns.taken():
             if is_batch_id(work_id):
                 await _unless(self._running.drained, self.batches.work_on(work_id))

@@ -1,6 +1,7 @@
 """What `modal run` does from the user's machine, over HTTP, as any client would."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -61,16 +62,15 @@ def record_480p(url: str, folder: Path = OUT, api_key: str | None = None) -> Non
 def record_of(clip: Clip, gpu: str | None) -> dict[str, Any]:
     """floor_fraction: the floor over the measured denoising; 1 is the card's peak. None for another card or model."""
     known = [seconds for name, seconds in FLOORS_480P_S.items() if gpu is not None and name in gpu]
-    parameters = clip.parameters
-    comparable = (parameters.num_inference_steps, parameters.num_frames, parameters.does_guidance) == (50, 81, True)
-    floor_s = known[0] if known and comparable and clip.model == "wan2.1-t2v-1.3b" else None
+    work = (clip.model, clip.width * clip.height, clip.num_frames, clip.num_inference_steps, clip.guidance_scale > 1)
+    floor_s = known[0] if known and work == ("wan2.1-t2v-1.3b", 480 * 832, 81, 50, True) else None
     return {
         "gpu": gpu,
         "model": clip.model,
-        "width": parameters.width,
-        "height": parameters.height,
-        "num_frames": parameters.num_frames,
-        "num_inference_steps": parameters.num_inference_steps,
+        "width": clip.width,
+        "height": clip.height,
+        "num_frames": clip.num_frames,
+        "num_inference_steps": clip.num_inference_steps,
         "total_s": clip.timings.total,
         "denoise_s": clip.timings.denoise,
         "decode_s": clip.timings.decode,
@@ -90,8 +90,6 @@ def write_record(folder: Path, name: str, title: str, record: dict[str, Any]) ->
 
 
 def _api_key() -> str | None:
-    import os
-
     return os.environ.get(API_KEY_VARIABLE)
 
 
