@@ -15,11 +15,11 @@ from serve_graph.on_modal.options import (
     SWEEP_S,
     TARGET_INPUTS,
     WEB_INPUTS,
+    check_settings,
     container_environment,
     front_settings,
     profile_of,
     read_options,
-    service_args,
 )
 from serve_graph.settings import ConfigError
 
@@ -30,7 +30,7 @@ _ROOT = Path(__file__).parents[1]
 
 try:
     OPTIONS = read_options()
-    service_args(OPTIONS)
+    check_settings(OPTIONS)
 except ConfigError as error:
     sys.exit(f"error: {error}")  # one line, and the deployment stops
 

@@ -147,6 +147,13 @@ def service_args(options: ModalOptions) -> dict[str, Any]:
     return args
 
 
+def check_settings(options: ModalOptions) -> None:
+    """Whether the deployer's settings are such, the bucket's own aside, which only containers know. Raises ConfigError."""
+    args = service_args(options)
+    args["storage"]["s3"] = {"endpoint": "https://bucket.invalid", "bucket": "bucket"} | args["storage"].get("s3", {})
+    read_settings(args)
+
+
 def front_settings(options: ModalOptions) -> Settings:
     """The settings of a front: the graph's own, in a process without one. Raises ConfigError."""
     return read_settings(service_args(options))

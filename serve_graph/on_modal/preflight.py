@@ -7,7 +7,7 @@ from modal.exception import Error as ModalError
 from modal.exception import NotFoundError
 
 from schemas.errors import ModelNotReady
-from serve_graph.on_modal.options import profile_of, read_options, service_args
+from serve_graph.on_modal.options import check_settings, profile_of, read_options
 from serve_graph.on_modal.weights import INVENTORY, read_inventory
 from serve_graph.settings import ConfigError
 
@@ -15,7 +15,7 @@ from serve_graph.settings import ConfigError
 def check() -> None:
     """Raises ConfigError, ModelNotReady."""
     options = read_options()
-    service_args(options)
+    check_settings(options)
     for name, keys in options.secrets.items():
         try:
             modal.Secret.from_name(name, required_keys=keys).hydrate()

@@ -38,10 +38,10 @@ class Inventory(BaseModel):
     files: tuple[WeightFile, ...]
 
 
-def fetch(profile: ModelProfile, revision: str, folder: Path) -> str:
+def fetch(profile: ModelProfile, revision: str, folder: Path, endpoint: str | None = None) -> str:
     """Fetch a profile's checkpoint into a folder; what is there already is kept. Returns the hub's commit.
 
-    revision: a branch, a tag or a commit; everything comes from the commit that it names now.
+    revision: a branch, a tag or a commit; everything comes from the commit that it names now. endpoint: another hub's.
 
     Raises ModelNotReady for a profile that is made here, for a hub that can't be reached, and for a file whose size
     or SHA-256 is not the hub's; it is deleted then, so that the next run fetches it again.
@@ -49,9 +49,9 @@ def fetch(profile: ModelProfile, revision: str, folder: Path) -> str:
     if profile.hub_id is None:
         raise ModelNotReady(f"{profile.name} is made where it is used; there is nothing to fetch")
     try:
-        info = HfApi().model_info(profile.hub_id, revision=revision, files_metadata=True)
+        info = HfApi(endpoint).model_info(profile.hub_id, revision=revision, files_metadata=True)
         commit = str(info.sha)
-        snapshot_download(profile.hub_id, revision=commit, local_dir=folder)
+        snapshot_download(profile.hub_id, revision=commit, local_dir=folder, endpoint=endpoint)
     except OSError as error:  # every hub and network error of huggingface_hub derives from it
         raise ModelNotReady(f"{profile.hub_id} could not be fetched from the hub: {error}") from error
     files = tuple(
