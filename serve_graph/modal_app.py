@@ -15,6 +15,7 @@ from serve_graph.on_modal.options import (
     SWEEP_S,
     TARGET_INPUTS,
     WEB_INPUTS,
+    cache_environment,
     check_settings,
     container_environment,
     front_settings,
@@ -67,7 +68,7 @@ _READ_ONLY_WEIGHTS: _Volumes = {OPTIONS.weights_dir: WEIGHTS.with_mount_options(
 
 
 @app.cls(
-    **_SHARED,
+    **{**_SHARED, "env": container_environment() | cache_environment(OPTIONS)},
     gpu=OPTIONS.gpu,
     cpu=4.0,
     memory=32 * 1024,

@@ -5,11 +5,14 @@ container's own secrets and begins to work; a graph that does not answer then is
 """
 
 import asyncio
+import json
 import logging
 import os
 import threading
 import time
 from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -89,6 +92,7 @@ class Container:
             asyncio.run(asyncio.wait_for(self._awaken(start), AWAKEN_TIMEOUT_S))
         self._start, self._awake_s = start, round(time.monotonic() - began, 3)
         log_event("graph_awake", start=start, seconds=self._awake_s)
+        self._record_start()
 
     async def work_on(self, work_id: str) -> bool:
         """Work until this job or batch has ended; False when that takes longer than a call may."""
@@ -142,6 +146,23 @@ class Container:
         generator, ingress = self._handles("Generator", "Ingress")
         await generator.awaken.remote(environment)
         await ingress.awaken.remote(environment, start)
+
+    def _record_start(self) -> None:
+        """Leave a line about this start in the Volume, for whoever asks how long starts take."""
+        folder = Path(self._options.outputs_dir) / "starts"
+        record = {
+            "container": os.environ.get("MODAL_TASK_ID"),
+            "at": datetime.now(UTC).isoformat(),
+            "start": self._start,
+            "awake_s": self._awake_s,
+            "gpu": self._options.gpu,
+            "snapshot": self._options.snapshot,
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{record['container']}.json").write_text(json.dumps(record) + "\n")
+        except OSError as failure:  # no clip depends on it
+            log_failure("start_not_recorded", failure)
 
     def _handles(self, *deployments: str) -> list[Any]:
         from ray import serve

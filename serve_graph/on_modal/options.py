@@ -120,6 +120,17 @@ def container_environment(environment: Mapping[str, str] = os.environ) -> dict[s
     }
 
 
+def cache_environment(options: ModalOptions) -> dict[str, str | None]:
+    """Where compiled kernels and the hub's files go: into the Volume, for the next container."""
+    folder = f"{options.outputs_dir}/caches"
+    return {
+        "HF_HOME": f"{folder}/hub",
+        "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # its pool of processes does not survive a snapshot
+        "TRITON_CACHE_DIR": f"{folder}/triton",
+    }
+
+
 def profile_of(options: ModalOptions) -> ModelProfile:
     """The model that is served. Raises ConfigError."""
     name = options.model_profile or _file_args()["model"]["profile"]

@@ -49,9 +49,7 @@ def test_a_mistake_is_one_line(monkeypatch: pytest.MonkeyPatch, name: str, value
 
 
 @pytest.mark.parametrize(("snapshot", "taken", "experimental"), [("cpu", True, {}), ("off", False, {})])
-def test_snapshots(
-    monkeypatch: pytest.MonkeyPatch, snapshot: str, taken: bool, experimental: dict[str, bool]
-) -> None:
+def test_snapshots(monkeypatch: pytest.MonkeyPatch, snapshot: str, taken: bool, experimental: dict[str, bool]) -> None:
     monkeypatch.setenv("WAN_SNAPSHOT", snapshot)
     options = read_options()
 
