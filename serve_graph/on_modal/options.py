@@ -159,7 +159,7 @@ def service_args(options: ModalOptions) -> dict[str, Any]:
 
 
 def check_settings(options: ModalOptions) -> None:
-    """Whether the deployer's settings are such, the bucket's own aside, which only containers know. Raises ConfigError."""
+    """Check the deployer's settings, but for the bucket's, which only containers know. Raises ConfigError."""
     args = service_args(options)
     args["storage"]["s3"] = {"endpoint": "https://bucket.invalid", "bucket": "bucket"} | args["storage"].get("s3", {})
     read_settings(args)

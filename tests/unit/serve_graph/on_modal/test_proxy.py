@@ -44,8 +44,9 @@ class Behind:
         return StreamingResponse(stream())
 
     async def wait(self, request: Request) -> Response:
-        while not await request.is_disconnected():
-            await asyncio.sleep(0.01)
+        await request.body()
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
         self.left.set()
         return Response()
 
