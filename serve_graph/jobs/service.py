@@ -300,7 +300,9 @@ class JobService:
             after = entry_of(await self._reading.record_or_tombstone(after_job, principal))
         states = tuple(JobState) if state is None else (state,)
         if batch_id is not None:
-            items, cursor = await self.batches.page(batch_id, principal, states=states, limit=limit, after=after)
+            items, cursor = await self.batches.reading.page(
+                batch_id, principal, states=states, limit=limit, after=after
+            )
             return JobPage(jobs=tuple(map(self._view, items)), next_cursor=cursor)
         _check_cursor(after)
         found: list[JobRecord] = []

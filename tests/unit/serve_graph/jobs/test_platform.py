@@ -245,7 +245,7 @@ async def test_a_batch_gets_a_turn_for_each_job_as_far_as_there_are(tmp_path: Pa
         turns = [working.service.work_on(batch.batch_id) for working in (one, one, two, two)]
         await in_time(asyncio.gather(*turns))
         assert len(one.worker.rendered + two.worker.rendered) == 6
-    ended = await front.service.batches.batch(batch.batch_id, NOBODY)
+    ended = await front.service.batches.reading.batch(batch.batch_id, NOBODY)
     assert (ended.state, ended.counts.succeeded) == ("ended", 6)
 
 
@@ -263,7 +263,7 @@ async def test_a_batch_that_nobody_runs_is_cancelled_by_the_sweep(tmp_path: Path
     await front.service.batches.cancel(batch.batch_id, NOBODY)
     async with process(tmp_path, platform=calls, lease_s=SHORT_LEASE_S) as sweeper:
         async with asyncio.timeout(PATIENCE_S):
-            while (await sweeper.service.batches.batch(batch.batch_id, NOBODY)).state != "ended":  # noqa: ASYNC110
+            while (await sweeper.service.batches.reading.batch(batch.batch_id, NOBODY)).state != "ended":  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
 
