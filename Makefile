@@ -5,6 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CONFIG ?= configs/local.yaml
+# Whole files go to each of two processes, in the suite's own order: most of the long ones wait for something.
+TEST_WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 # Extra arguments for pip, such as an index of CPU-only torch wheels: see the README's "A CPU-only torch".
 PIP_ARGS ?=
 
@@ -33,7 +35,7 @@ serve-s3: $(STAMP) ## As serve, with clips in an S3 bucket (ministack on loopbac
 	@PYTHONPATH=tests exec $(BIN)/python -m s3_servers.serve
 
 test: $(STAMP) ## Run all tests, with real Ray and real diffusers
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(TEST_WORKERS) $(PYTEST_ARGS)
 
 test-ceph: $(STAMP) ## Run the store's contract, and the service, on Ceph RGW; says what to install where it is missing
 	$(BIN)/python -m pytest -m ceph $(PYTEST_ARGS)

@@ -139,7 +139,7 @@ class QueueSettings(_Section):
         default="srpt", description="Whose turn it is: `srpt`, shortest remaining work first in each class, or `fifo`."
     )
     max_stretch: float = Field(
-        default=1.5,
+        default=1.35,
         ge=1,
         description="`srpt`: a job that would take longer than so many times its time under `fifo` goes before others.",
     )

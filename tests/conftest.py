@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import hypothesis
 import pytest
 from s3_servers.ceph import CephRgw
 from s3_servers.ministack import Ministack
@@ -37,6 +38,8 @@ JOB_TIMEOUT_S = 30.0
 """How long a test waits for a tiny job, which takes a fraction of a second on an idle core."""
 
 TELL = "tell: "
+
+hypothesis.settings.load_profile("ci")  # the same cases in each run; others with --hypothesis-profile=default
 
 
 def pytest_configure(config: pytest.Config) -> None:

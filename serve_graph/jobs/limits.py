@@ -21,7 +21,7 @@ class QueueLimits:
     max_dispatched_jobs: int
     max_clip_pixels: int | None = None
     policy: Policy = "srpt"
-    max_stretch: float = 1.5
+    max_stretch: float = 1.35
     max_batches: int = 64
     by_call: bool = False
 

@@ -29,7 +29,7 @@ class Scheduling:
 
     slots: int
     policy: Policy = "srpt"
-    max_stretch: float = 1.5
+    max_stretch: float = 1.35
 
 
 class Line:

@@ -17,7 +17,7 @@ from tests.integration.service import RunningService
 HASTY = {"name": "Generator", "health_check_period_s": 1, "health_check_timeout_s": 1}
 
 SLOW_STEPS = {"prompt": "an otter", "num_frames": 81, "resolution": "128p", "num_inference_steps": 100}
-NUM_SLOW = 4
+NUM_SLOW = 2
 Tell = Callable[[str, str], None]
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import httpx
@@ -79,32 +80,20 @@ def assert_nothing_is_left(service: RunningService, family: list[psutil.Process]
 
 def test_two_services_share_a_data_folder(tmp_path: Path) -> None:
     """`make demo` beside `make serve`: each Ray keeps its own token, or the first could start no worker any more."""
-    first = RunningService(tmp_path).wait_ready()
-    second = RunningService(tmp_path).wait_ready()
+    first, second = RunningService(tmp_path), RunningService(tmp_path)
     try:
+        first.wait_ready()
+        second.wait_ready()
         assert second.stop() == 0
         first.replica("Generator").kill()
         with first.client() as http:
             while http.get("/health/ready").status_code == 200:
-                pass
+                time.sleep(0.1)
             while http.get("/health/ready").status_code != 200:
-                pass
+                time.sleep(0.1)
             assert http.post("/generate", json={"prompt": "still here"}).status_code == 200
     finally:
         first.stop()
-
-
-def test_second_start_on_the_same_data_still_serves_the_first_one_s_clips(tmp_path: Path) -> None:
-    first = RunningService(tmp_path).wait_ready()
-    with first.client() as http:
-        clip = http.post("/generate", json={"prompt": "kept"}).json()
-    assert first.stop() == 0
-    second = RunningService(tmp_path).wait_ready()
-    try:
-        answer = httpx.get(f"{second.base}/outputs/{clip['clip_id']}", follow_redirects=True, timeout=30)
-        assert (answer.status_code, len(answer.content)) == (200, clip["size_bytes"])
-    finally:
-        second.stop()
 
 
 def test_disk_full_is_507_and_nothing_partial_is_left(tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def waiting_clients(service: RunningService, count: int) -> Iterator[None]:
 
 def wait_for_jobs(service: RunningService, count: int, meanwhile: Callable[[], None] = lambda: None) -> None:
     """Until exactly none, or at least `count`, jobs are waiting or running."""
-    with service.client(timeout_s=10) as http:
+    with service.client() as http:
         while True:
             queue = http.get("/health").json()["queue"]
             jobs = queue["waiting"] + queue["running"]
@@ -202,7 +202,7 @@ def wait_for_jobs(service: RunningService, count: int, meanwhile: Callable[[], N
 
 
 def test_health_answers_while_300_clients_wait(service: RunningService) -> None:
-    with waiting_clients(service, 300), service.client(timeout_s=10) as http:
+    with waiting_clients(service, 300), service.client() as http:
         answers = [http.get("/health") for _ in range(20)]
     assert {answer.json()["status"] for answer in answers} == {"ok"}
     slowest = max(answer.elapsed.total_seconds() for answer in answers)

@@ -166,7 +166,9 @@ def test_load_config_asks_for_a_public_url_where_it_listens_on_every_address(mon
 
 
 @pytest.mark.parametrize(
-    ("keys", "auth", "told"), [("alice:nonsense", "keys", "line 1"), (new_key("alice")[1], "none", "auth is none")]
+    ("keys", "auth", "told"),
+    [("alice:nonsense", "keys", "line 1"), (new_key("alice")[1], "none", "auth is none")],
+    ids=["no key", "keys and none"],
 )
 def test_load_config_refuses_keys_that_make_no_sense(
     monkeypatch: pytest.MonkeyPatch, keys: str, auth: str, told: str

@@ -54,6 +54,7 @@ async def test_without_a_key_there_is_a_401_that_asks_for_one(api: Api, method: 
 @pytest.mark.parametrize(
     "authorization",
     ["", "Bearer", "Bearer ", "Bearer wan_wrong", f"Basic {ALICE}", ALICE, f"Bearer {ALICE}x", f"Bearer {ALICE[:-1]}"],
+    ids=["empty", "no key", "empty key", "wrong", "another scheme", "no scheme", "one more", "one less"],
 )
 async def test_a_wrong_key_is_a_401_that_says_so(api: Api, authorization: str) -> None:
     answer = await api.http.post("/generate", json=BODY, headers={"Authorization": authorization})
