@@ -10,8 +10,8 @@
 - `sample_app`: an app for the loopback's own tests.
 
 Beyond it: mounted paths (a container sees its files below the folder it starts in, and its Volumes and image not at
-all), GPUs and their part of a snapshot, an autoscaler with a clock, input and startup timeouts, Sandboxes,
-Queues, Dicts, `with_options` and parametrised classes.
+all), GPUs and their part of a snapshot, `min_containers` and an autoscaler with a clock, input and startup timeouts,
+Sandboxes, Queues, Dicts, `with_options` and parametrised classes.
 """
 
 from modal_loopback.container import Container

@@ -16,17 +16,17 @@ from modal_loopback.storage import BUILDER_VERSION, Storage, volume_metadata
 class ControlPlane:
     """Apps, functions and classes.
 
-    url_of: opens a site for a web function's method and returns its URL. on_publish and on_stop: told about an app
-    once its functions are those just defined, and once it has ended.
+    url_of: opens a site for a web function's method and returns its URL. on_publish: told of functions that have
+    containers of an older definition now. on_stop: told of an app that has ended.
     """
 
     def __init__(self, storage: Storage, changes: Changes, ids: "itertools.count[int]") -> None:
         self.apps: dict[str, App] = {}
         self.functions: dict[str, Function] = {}
         self.url_of: Callable[[Function, str], str]
-        self.on_publish: Callable[[App, list[Function]], None]
+        self.on_publish: Callable[[list[Function]], None]
         self.on_stop: Callable[[App], None]
-        self._storage = storage
+        self.storage = storage
         self._changes = changes
         self._ids = ids
 
@@ -76,7 +76,7 @@ class ControlPlane:
         app.name = request.name or app.name
         app.publications += 1
         deployed_at = time.time()
-        self.on_publish(app, replaced)
+        self.on_publish(replaced)
         self._changes.notify()
         return api_pb2.AppPublishResponse(url=f"https://modal.invalid/{app.app_id}", deployed_at=deployed_at)
 
@@ -169,9 +169,9 @@ class ControlPlane:
         uses = {dependency.object_id for f in app.functions.values() for dependency in f.proto.object_dependencies}
         for object_id in sorted(uses):
             item = layout.objects.add(object_id=object_id)
-            if object_id in self._storage.volumes:
-                item.volume_metadata.CopyFrom(volume_metadata(self._storage.volumes[object_id]))
-            elif object_id in self._storage.mounts:
+            if object_id in self.storage.volumes:
+                item.volume_metadata.CopyFrom(volume_metadata(self.storage.volumes[object_id]))
+            elif object_id in self.storage.mounts:
                 item.mount_handle_metadata.SetInParent()
         return layout
 
@@ -205,7 +205,7 @@ class ControlPlane:
         return handle_metadata(function, proto)
 
     def _layout(self, proto: api_pb2.Function) -> FunctionLayout:
-        storage = self._storage
+        storage = self.storage
         mounted = {path: data for mount_id in proto.mount_ids for path, data in storage.mounts[mount_id].items()}
         image = storage.images[proto.image_id]
         return function_layout(proto, proto.schedule, image, mounted, storage.volumes, storage.secrets)

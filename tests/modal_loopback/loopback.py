@@ -75,14 +75,17 @@ class Loopback:
         self._thread = threading.Thread(target=self._run, args=[up], name="loopback Modal")
         self._thread.start()
         up.result(START_TIMEOUT_S)
+        self._exits.callback(self._end)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        with self._exits:
-            self._changes.do(self._stop.set)
-            self._thread.join()
+        self._exits.close()
         if error is None and self.crashes:
             raise AssertionError("\n".join(self.crashes))
+
+    def _end(self) -> None:
+        self._changes.do(self._stop.set)
+        self._thread.join()
 
     def _run(self, up: "Future[None]") -> None:
         try:
@@ -98,7 +101,9 @@ class Loopback:
         storage = self._storage = Storage(self._folder / "volumes", self._secrets, ids)
         plane = self._plane = ControlPlane(storage, changes, ids)
         calls = self._calls = Calls(plane.functions, changes, ids)
-        worker = self._worker = Worker(plane, calls, storage, changes, self._folder, ids, self.container_env)
+        worker = self._worker = Worker(
+            plane, calls, changes, self._folder, ids, self.container_env, self.crashes
+        )
         worker.service = RpcService(plane, calls, storage, worker, crashes=self.crashes)
         sites, ingress = Sites(), Ingress(calls, changes, storage.blob, self._redirect_after_s)
         storage.base_url = sites.open(Starlette(routes=storage.routes()))

@@ -71,6 +71,8 @@ class FunctionLayout:
     name: str
     is_class: bool
     gpu: str | None
+    cpu: float | None
+    memory_mb: int | None
     snapshot: bool
     experimental_options: dict[str, str]
     max_inputs: int
@@ -130,7 +132,6 @@ class App:
     tags: dict[str, str] = field(default_factory=dict)
     functions: dict[str, Function] = field(default_factory=dict)
     """By name; a class is one."""
-    drafts: dict[str, Function] = field(default_factory=dict)
     classes: dict[str, str] = field(default_factory=dict)
     """The id of each class by its name."""
     publications: int = 0
@@ -179,6 +180,8 @@ def function_layout(
         name=proto.function_name.removesuffix(".*"),
         is_class=proto.is_class,
         gpu=(gpu.gpu_type if gpu.count == 1 else f"{gpu.gpu_type}:{gpu.count}") if gpu.gpu_type else None,
+        cpu=proto.resources.milli_cpu / 1000 or None,
+        memory_mb=proto.resources.memory_mb or None,
         snapshot=proto.checkpointing_enabled,
         experimental_options=dict(proto.experimental_options),
         max_inputs=proto.max_concurrent_inputs or 1,

@@ -36,7 +36,7 @@ class RpcService:
         return RpcService(part, *self._parts, crashes=self._crashes)
 
     def __mapping__(self) -> dict[str, Handler]:
-        return ModalClientBase.__mapping__(self)  # type: ignore[arg-type]  # it only looks the RPCs up by name
+        return ModalClientBase.__mapping__(self)  # it looks the RPCs up by name
 
     def __getattr__(self, rpc: str) -> Any:
         method = next((getattr(part, rpc) for part in self._parts if hasattr(part, rpc)), None)

@@ -112,7 +112,7 @@ def fail_first(trace: str) -> str:
 @app.function(image=image, max_containers=1)
 @modal.concurrent(max_inputs=20)
 @modal.asgi_app()
-def web():  # type: ignore[no-untyped-def]
+def web():
     import anyio
     from starlette.applications import Starlette
     from starlette.requests import Request

@@ -6,9 +6,11 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Coroutine, Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from modal_proto import api_pb2
 
@@ -17,7 +19,6 @@ from modal_loopback.container import Container
 from modal_loopback.control_plane import ControlPlane
 from modal_loopback.records import App, Function
 from modal_loopback.rpc import Changes, RpcService
-from modal_loopback.storage import Storage
 
 MAX_CONTAINERS = 8
 """Of a function that names no limit."""
@@ -36,22 +37,22 @@ class Worker:
         self,
         plane: ControlPlane,
         calls: Calls,
-        storage: Storage,
         changes: Changes,
         folder: Path,
         ids: "itertools.count[int]",
         env: Mapping[str, str],
+        crashes: list[str],
     ) -> None:
         self.containers: list[Container] = []
         """All that ever ran, in the order of their start."""
         self.service: RpcService
         self._plane = plane
         self._calls = calls
-        self._storage = storage
         self._changes = changes
         self._folder = folder
         self._ids = ids
-        self._env = dict(env)
+        self._env = env
+        self._crashes = crashes
         self._tasks: set[asyncio.Task[None]] = set()
 
     def scale(self, function: Function) -> None:
@@ -67,15 +68,25 @@ class Worker:
         self, function: Function, env: Mapping[str, str] | None = None, asleep: timedelta | None = None
     ) -> Container:
         """Start one container. asleep: freeze it after its snapshot, having set its clock back by this until thawed."""
+        if asleep is not None and not (function.proto.checkpointing_enabled and function.app.state == "deployed"):
+            raise ValueError(f"{function.name} of {function.app.name} has no snapshot to freeze it after")
         task_id = f"ta-{next(self._ids)}"
         container = Container(task_id, function, self._calls, self._changes, self._folder / task_id, asleep)
         container.started_at = time.time()
         function.containers.append(container)
         self.containers.append(container)
-        task = asyncio.create_task(self._run(container, env or {}))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._go(self._run(container, env or {}))
         return container
+
+    def _go(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if error := task.exception():
+            self._crashes.append("".join(traceback.format_exception(error)))
 
     async def _run(self, container: Container, env: Mapping[str, str]) -> None:
         function = container.function
@@ -119,7 +130,7 @@ class Worker:
                 pairs = [pair.partition("=") for pair in shlex.split(command.removeprefix("ENV "))]
                 env |= {name: value for name, _, value in pairs if "$" not in value}
         for secret_id in function.proto.secret_ids:
-            env |= self._storage.secrets[secret_id].env
+            env |= self._plane.storage.secrets[secret_id].env
         return {
             **env,
             "HOME": str(root),
@@ -132,7 +143,7 @@ class Worker:
 
     # Ends
 
-    def retire(self, app: App, replaced: list[Function]) -> None:
+    def retire(self, replaced: list[Function]) -> None:
         """Containers of a definition that was replaced finish their inputs and end."""
         for container in [container for function in replaced for container in function.containers]:
             container.retire()
@@ -143,8 +154,7 @@ class Worker:
         for container in ended:
             if container.state != "gone":
                 container.send_kill()
-        self._tasks.add(task := asyncio.create_task(self._end_log(app, ended)))
-        task.add_done_callback(self._tasks.discard)
+        self._go(self._end_log(app, ended))
 
     async def _end_log(self, app: App, ended: list[Container]) -> None:
         await self._changes.until(lambda: all(container.state == "gone" for container in ended))
