@@ -228,14 +228,14 @@ class TestCalls:
 
     def test_killed_container_loses_no_input(self, loopback: Loopback, gate: Gate) -> None:
         call = painter(loopback).hold.spawn(gate.path)
-        with gate.held() as write:
-            (first,) = loopback.containers("sample", "Painter")
-            first.kill()
-            (second,) = loopback.wait_until(lambda: loopback.containers("sample", "Painter"))
-            loopback.wait_until(lambda: second.running)
-            write("painted after all")
+        (first,) = loopback.wait_until(lambda: loopback.containers("sample", "Painter"))
+        loopback.wait_until(lambda: "holding" in first.log)
+
+        first.kill()
+        gate.open("painted after all")
 
         assert call.get() == "painted after all"
+        (second,) = loopback.containers("sample", "Painter")
         assert (first.exit_code, second.was_ready) == (-9, True)
 
     def test_scale_to_zero_runs_exit_methods(self, loopback: Loopback) -> None:

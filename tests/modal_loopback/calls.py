@@ -21,7 +21,7 @@ MAX_LOST = 8
 Result = api_pb2.GenericResult
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Input:
     """One input of a call: queued, running in a container, then with an output; lost or failed, it is queued again."""
 
@@ -36,7 +36,7 @@ class Input:
     failed: int = 0
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Call:
     """A call: one input, or many of a map. `outputs` holds the inputs that ended, in that order."""
 
@@ -85,6 +85,7 @@ class Calls:
         item.container = container
         item.attempts += 1
         container.running[item.input_id] = item
+        self._changes.notify()
         return item
 
     def put(self, container: "Container", output: api_pb2.FunctionPutOutputsItem) -> None:
@@ -97,6 +98,7 @@ class Calls:
             delay_ms = min(policy.initial_delay_ms * policy.backoff_coefficient**item.failed, policy.max_delay_ms)
             item.failed += 1
             item.container = None
+            self._changes.notify()
             asyncio.get_running_loop().call_later(delay_ms / 1000, self._queue, item)
             return
         self._finish(item, output.result, output.data_format, container.task_id)

@@ -101,9 +101,7 @@ class Loopback:
         storage = self._storage = Storage(self._folder / "volumes", self._secrets, ids)
         plane = self._plane = ControlPlane(storage, changes, ids)
         calls = self._calls = Calls(plane.functions, changes, ids)
-        worker = self._worker = Worker(
-            plane, calls, changes, self._folder, ids, self.container_env, self.crashes
-        )
+        worker = self._worker = Worker(plane, calls, changes, self._folder, ids, self.container_env, self.crashes)
         worker.service = RpcService(plane, calls, storage, worker, crashes=self.crashes)
         sites, ingress = Sites(), Ingress(calls, changes, storage.blob, self._redirect_after_s)
         storage.base_url = sites.open(Starlette(routes=storage.routes()))

@@ -98,7 +98,7 @@ class FunctionLayout:
     """The files that are mounted when a container starts, and those in the image."""
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Function:
     """A function, or a class, of an app, with its calls and containers. `proto` and `layout` are those published."""
 
@@ -122,7 +122,7 @@ class Function:
             self.proto, self.layout = self.draft
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class App:
     """An app; `state` is initializing, ephemeral (`modal run`, `modal serve`), deployed or stopped."""
 

@@ -74,6 +74,7 @@ class Painter:
 
     @modal.method()
     def hold(self, gate: str) -> str:
+        print("holding", flush=True)
         return hold_at(gate)
 
     @modal.method()

@@ -56,7 +56,9 @@ class Worker:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def scale(self, function: Function) -> None:
-        """Start what the inputs of a function need."""
+        """Start what the inputs of a function need, unless its app has ended."""
+        if function.app.state == "stopped":
+            return
         scaling, proto = function.proto.autoscaler_settings, function.proto
         target = proto.target_concurrent_inputs or proto.max_concurrent_inputs or 1
         inputs = len(function.queue) + sum(len(container.running) for container in function.containers)
@@ -107,8 +109,7 @@ class Worker:
             reason = f"{function.lost_starts} containers ended before they were ready"
             failure = api_pb2.GenericResult.GENERIC_STATUS_INTERNAL_FAILURE
             self._calls.fail_queued(function, api_pb2.GenericResult(status=failure, exception=reason))
-        if function.app.state != "stopped":
-            self.scale(function)
+        self.scale(function)
 
     def _unpack(self, function: Function) -> Path:
         """Write a function's files, once for each publication. Returns the folder that stands for /root."""
