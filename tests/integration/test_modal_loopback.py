@@ -109,7 +109,7 @@ class TestRefusals:
             ({"SAMPLE_GPU": "L5"}, "Invalid GPU type 'L5'"),
             ({"SAMPLE_GPU": "H100:9"}, "9 GPUs"),
             ({"SAMPLE_TIMEOUT": "86401"}, "timeout of Painter.* is 86401 s"),
-            ({"SAMPLE_MIN": "2"}, "min_containers of Painter.* is larger"),
+            ({"SAMPLE_MIN": "2"}, "cannot be greater than `max_containers` (1)"),  # by the client
         ],
     )
     def test_deploy_is_refused_and_changes_nothing(self, deployed: Loopback, env: dict[str, str], reason: str) -> None:
