@@ -195,10 +195,9 @@ class TestCalls:
         gates = [Gate(tmp_path / str(number)) for number in range(4)]
         calls = [painter(loopback).hold.spawn(gate.path) for gate in gates]
         with gates[0].held(), gates[1].held(), gates[2].held():
-            (container,) = loopback.containers("sample", "Painter")
+            stats = painter(loopback).hold.get_current_stats()
 
-            assert len(container.running) == 3
-            assert len(loopback.function("sample", "Painter").queue) == 1
+            assert (stats.num_total_runners, stats.num_running_inputs, stats.backlog) == (1, 3, 1)
         gates[3].open("last")
 
         assert [call.get() for call in calls] == ["", "", "", "last"]
@@ -237,6 +236,36 @@ class TestCalls:
         assert call.get() == "painted after all"
         (second,) = loopback.containers("sample", "Painter")
         assert (first.exit_code, second.was_ready) == (-9, True)
+
+    def test_preempted_container_leaves_its_input_to_the_next(self, loopback: Loopback, gate: Gate) -> None:
+        call = painter(loopback).hold.spawn(gate.path)
+        (first,) = loopback.wait_until(lambda: loopback.containers("sample", "Painter"))
+        loopback.wait_until(lambda: "holding" in first.log)
+
+        first.preempt()
+        first.wait("gone")
+        gate.open("painted after all")
+
+        assert call.get() == "painted after all"
+        assert first.log.splitlines()[-1] == "left"
+
+    def test_redeploy_replaces_containers_and_keeps_ids(self, loopback: Loopback) -> None:
+        first = painter(loopback).env.remote("MODAL_TASK_ID")
+        function_id = loopback.function("sample", "Painter").function_id
+        (container,) = loopback.containers("sample", "Painter")
+
+        loopback.cli("deploy", str(SAMPLE))
+
+        container.wait("gone")
+        assert painter(loopback).env.remote("MODAL_TASK_ID") != first
+        assert loopback.function("sample", "Painter").function_id == function_id
+
+    def test_changed_secret_is_in_the_next_container(self, loopback: Loopback) -> None:
+        loopback.set_secret("sample-secret", {"KEY": "rotated"})
+        try:
+            assert painter(loopback).env.remote("KEY") == "rotated"
+        finally:
+            loopback.set_secret("sample-secret", SECRETS["sample-secret"])
 
     def test_scale_to_zero_runs_exit_methods(self, loopback: Loopback) -> None:
         painter(loopback).env.remote("KEY")
