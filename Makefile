@@ -41,9 +41,8 @@ test-ceph: $(STAMP) ## Run the store's contract, and the service, on Ceph RGW; s
 	$(BIN)/python -m pytest -m ceph $(PYTEST_ARGS)
 
 test-modal: $(STAMP) ## Deploy to a Modal on loopback and run its containers; part of `make test`
-	$(BIN)/python -m pytest tests/integration/modal $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/integration/test_modal_*.py $(PYTEST_ARGS)
 
-deploy: export MODAL_IMAGE_BUILDER_VERSION = 2025.06
 deploy: $(STAMP) ## Deploy to Modal: see the README's "On Modal"
 	@$(BIN)/python -m serve_graph.on_modal.preflight
 	$(BIN)/modal deploy -m serve_graph.modal_app

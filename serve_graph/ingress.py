@@ -51,7 +51,13 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:  # Serve's name for it
         """The application, built once per replica."""
-        return self._dormant if self._assembly is None else self._assembly.app()
+        if self._assembly is not None:
+            return self._assembly.app()
+
+        async def dormant(scope: Scope, receive: Receive, send: Send) -> None:  # a function: uvicorn knows no methods
+            await self._dormant(scope, receive, send)
+
+        return dormant
 
     async def _dormant(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

@@ -4,6 +4,7 @@
 the whole Ray Serve graph; `sweep` looks after what fell in between. Options: `on_modal/options.py`.
 """
 
+import os
 import sys
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,7 +26,9 @@ from serve_graph.on_modal.options import (
 from serve_graph.settings import ConfigError
 
 UV_VERSION = "0.9.7"
-"""Of the installer in the image; the image builder's version is pinned by the Makefile."""
+"""Of the installer in the image."""
+
+os.environ.setdefault("MODAL_IMAGE_BUILDER_VERSION", "2025.06")  # else the workspace's, which moves
 
 _ROOT = Path(__file__).parents[1]
 
@@ -86,7 +89,7 @@ _READ_ONLY_WEIGHTS: _Volumes = {OPTIONS.weights_dir: WEIGHTS.with_mount_options(
 class Generator:
     """A container with a GPU: the graph of configs/modal.yaml, in a memory snapshot."""
 
-    @modal.enter(snap=True)
+    @modal.enter(snap=OPTIONS.memory_snapshot)
     def start(self) -> None:
         from serve_graph.on_modal.container import Container
 

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -315,8 +315,11 @@ def _report(app: Any) -> str:
     return str((told or lines or ["the application did not start in time"])[-1])
 
 
-def stop_app(config: ServeConfig) -> None:
-    """Let running jobs end within the drain limit, then take everything down."""
+def stop_app(config: ServeConfig, run: Callable[[Coroutine[Any, Any, None]], None] = asyncio.run) -> None:
+    """Let running jobs end within the drain limit, then take everything down.
+
+    run: on the event loop where this process has used Serve's handles, if it has.
+    """
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
@@ -327,7 +330,7 @@ def stop_app(config: ServeConfig) -> None:
 
     limit_s = config.settings.queue.drain_timeout_s + _STOP_MARGIN_S
     try:
-        asyncio.run(drain())
+        run(drain())
     except (RayError, RayServeException, TimeoutError):
         log_event("not_drained", level=logging.WARNING)
     serve.delete(config.app_name)  # lets requests end; the caller's ray.shutdown() ends the rest

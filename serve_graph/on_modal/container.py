@@ -10,17 +10,20 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Coroutine
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
 from schemas.errors import ModelNotReady
+from schemas.health import GeneratorHealth
 from schemas.requests import GenerateRequest
 from serve_graph.logs import configure_logging, log_event, log_failure
 from serve_graph.on_modal.options import CONFIG, ModalOptions, service_args
+from serve_graph.open_ports import free_port
 from serve_graph.renewal import renew_process
 from serve_graph.server import (
     ServeConfig,
@@ -33,10 +36,28 @@ from serve_graph.server import (
 )
 from serve_graph.settings import SECRET_NAMES
 
+T = TypeVar("T")
+
 AWAKEN_TIMEOUT_S = 20.0
 """A thawed Serve answered within a second; moving a 14B model to the GPU takes several."""
 
 WARM_UP_PROMPT = "a paper boat on a pond"
+
+
+class LoopThread:
+    """An event loop in a thread of its own. Serve's handles belong to the loop that they are first used on."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="wan-handles", daemon=True).start()
+
+    def run(self, work: Coroutine[Any, Any, T], limit_s: float | None = None) -> T:
+        """Wait for it, here. Raises TimeoutError."""
+        return asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, limit_s), self._loop).result()
+
+    async def awaited(self, work: Coroutine[Any, Any, T], limit_s: float | None = None) -> T:
+        """Wait for it, on another loop. Raises TimeoutError."""
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, limit_s), self._loop))
 
 
 class Container:
@@ -45,9 +66,9 @@ class Container:
     def __init__(self, options: ModalOptions) -> None:
         self._options = options
         self._config: ServeConfig | None = None
-        self._stack = ExitStack()
+        self._environment, self._stack = ExitStack(), ExitStack()
         self._started_in = os.environ.get("MODAL_TASK_ID")
-        self._ingress: Any = None
+        self._handles_loop = LoopThread()
         self._start: str | None = None
         self._awake_s: float | None = None
 
@@ -63,15 +84,16 @@ class Container:
         args.setdefault("queue", {})["by_call"] = True
         if self._options.snapshot == "cpu":
             args["model"]["load_on_cpu"] = True
-        self._config = config = load_config(CONFIG, args=args)
+        if self._config is None:  # else Ray, which has read its token, is built anew in this process
+            self._config = load_config(CONFIG, port=free_port(), args=args)
+            self._environment.enter_context(ray_environment(self._config.settings))
+        config = self._config
         configure_logging(level=config.settings.log_level)
-        config.settings.data_dir.mkdir(parents=True, exist_ok=True)
-        self._stack.enter_context(ray_environment(config.settings))
         schema = check_schema(config.serve)
         self._stack.enter_context(ray_runtime(num_gpus=1))  # in a CPU snapshot there is none yet
         deploy(schema, config.app_name, threading.Event())
         if self._options.snapshot != "cpu":
-            asyncio.run(self._warm_up())
+            self._handles_loop.run(self._warm_up())
         log_event("graph_started", seconds=round(time.monotonic() - began, 3))
 
     def awaken(self) -> None:
@@ -81,7 +103,7 @@ class Container:
         restored = os.environ.get("MODAL_TASK_ID") != self._started_in
         start = "restored" if restored else "fresh"
         try:
-            asyncio.run(asyncio.wait_for(self._awaken(start), AWAKEN_TIMEOUT_S))
+            self._handles_loop.run(self._awaken(start), AWAKEN_TIMEOUT_S)
         except Exception as failure:  # whatever a restore has broken
             if isinstance(failure, ModelNotReady):  # the graph answers, and says what is wrong
                 raise
@@ -89,28 +111,23 @@ class Container:
             start = "rebuilt"
             self._abandon()
             self.start()
-            asyncio.run(asyncio.wait_for(self._awaken(start), AWAKEN_TIMEOUT_S))
+            self._handles_loop.run(self._awaken(start), AWAKEN_TIMEOUT_S)
         self._start, self._awake_s = start, round(time.monotonic() - began, 3)
         log_event("graph_awake", start=start, seconds=self._awake_s)
         self._record_start()
 
     async def work_on(self, work_id: str) -> bool:
         """Work until this job or batch has ended; False when that takes longer than a call may."""
-        from ray import serve
-
-        if self._ingress is None:
-            self._ingress = serve.get_app_handle(self._loaded.app_name)
+        limit_s = self._options.timeout - self._loaded.settings.queue.drain_timeout_s - 30
         try:
-            async with asyncio.timeout(self._options.timeout - self._loaded.settings.queue.drain_timeout_s - 30):
-                await self._ingress.work_on.remote(work_id)
+            await self._handles_loop.awaited(self._work_on(work_id), limit_s)
         except TimeoutError:
             return False
         return True
 
     async def started(self) -> dict[str, Any]:
         """How this container came up, in how many seconds after the snapshot, and with which GPU."""
-        (generator,) = self._handles("Generator")
-        health = await generator.health.remote()
+        health = await self._handles_loop.awaited(self._generator_health(), AWAKEN_TIMEOUT_S)
         return {
             "container": os.environ.get("MODAL_TASK_ID"),
             "start": self._start,
@@ -121,8 +138,9 @@ class Container:
     def stop(self) -> None:
         """Let running jobs end within the drain limit, hand the others back, and take everything down."""
         if self._config is not None:
-            stop_app(self._config)
+            stop_app(self._config, self._handles_loop.run)
             self._stack.close()
+            self._environment.close()
 
     @property
     def _loaded(self) -> ServeConfig:
@@ -130,13 +148,23 @@ class Container:
             raise ModelNotReady("the graph has not been started")
         return self._config
 
+    async def _work_on(self, work_id: str) -> None:
+        (ingress,) = self._handles("Ingress")
+        await ingress.work_on.remote(work_id)
+
+    async def _generator_health(self) -> GeneratorHealth:
+        (generator,) = self._handles("Generator")
+        health: GeneratorHealth = await generator.health.remote()
+        return health
+
     async def _warm_up(self) -> None:
         """Render each size that the profile names, with one step, without the store."""
         preprocessor, generator = self._handles("Preprocessor", "Generator")
         profile = self._loaded.settings.profile
         clips = []
         for resolution in profile.resolutions:
-            request = GenerateRequest(prompt=WARM_UP_PROMPT, resolution=resolution, num_inference_steps=1)
+            size = {"width": resolution.width, "height": resolution.height}
+            request = GenerateRequest(prompt=WARM_UP_PROMPT, num_inference_steps=1, **size)
             parameters = profile.resolve(request)
             clips.append((parameters, await preprocessor.prepare.remote(parameters)))
         await generator.warm_up.remote(clips)
@@ -177,5 +205,4 @@ class Container:
             log_event("process_killed", level=logging.WARNING, name=process.name())
             process.kill()
         ray.shutdown()
-        self._stack = ExitStack()
-        self._ingress = None
+        self._stack, self._handles_loop = ExitStack(), LoopThread()
