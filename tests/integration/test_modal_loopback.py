@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -320,6 +321,18 @@ class TestWeb:
         answer = http.get(f"/poll/{call}")
 
         assert (answer.status_code, answer.json()) == (200, {"result": 10})
+
+    def test_lost_container_answers_500_and_the_request_is_not_tried_again(
+        self, http: httpx.Client, loopback: Loopback, gate: Gate
+    ) -> None:
+        with ThreadPoolExecutor() as pool:
+            answer = pool.submit(http.get, "/slow", params={"gate": gate.path})
+            with gate.held():
+                (container,) = loopback.containers("sample", "web")
+                container.kill()
+
+            assert answer.result().status_code == 500
+        assert loopback.containers("sample", "web") == []
 
     def test_slow_request_is_sent_to_an_address_that_has_its_answer(self, gate: Gate) -> None:
         with Loopback(secrets=SECRETS, redirect_after_s=0.0) as loopback:
