@@ -1,6 +1,8 @@
 """The loopback Modal itself: the real CLI deploys to it, and Modal's real container entry point runs in it."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ import httpx
 import modal
 import pytest
 from modal_loopback import Loopback
+from modal_loopback.clock import Clock
 from modal_loopback.records import VolumeMount
 
 SAMPLE = Path(__file__).parents[1] / "modal_loopback" / "sample_app.py"
@@ -389,6 +392,43 @@ class TestSnapshot:
         container.kill()
 
         assert container.pids() == []
+
+
+WAITS = """
+import ctypes, platform, sys, time
+
+c = ctypes.CDLL(None, use_errno=True)
+deadline = time.time() + 0.2
+until = (ctypes.c_long * 2)(int(deadline), int(deadline % 1 * 1e9))
+some, more = ctypes.create_string_buffer(64), ctypes.create_string_buffer(64)
+started = time.monotonic()
+match sys.argv[1]:
+    case "semaphore":
+        c.sem_timedwait(some, until)
+    case "condition":
+        c.pthread_cond_timedwait(some, more, until)
+    case "mutex":
+        c.pthread_mutex_lock(some)
+        c.pthread_mutex_timedlock(some, until)
+    case "futex":
+        number = {"x86_64": 202, "aarch64": 98}[platform.machine()]
+        wait_bitset, clock_realtime = 9, 256
+        flags, every_bit = ctypes.c_long(wait_bitset | clock_realtime), ctypes.c_long(-1)
+        c.syscall(ctypes.c_long(number), some, flags, ctypes.c_long(0), until, None, every_bit)
+print(time.monotonic() - started)
+"""
+"""Waits until a time of day, in one of the ways of C."""
+
+
+@pytest.mark.parametrize("days", [3, -3])
+@pytest.mark.parametrize("way", ["semaphore", "condition", "mutex", "futex"])
+def test_deadlines_by_a_moved_clock_come_in_time(way: str, days: int, tmp_path: Path) -> None:
+    clock = Clock(tmp_path / "clock")
+    clock.set(timedelta(days=days))
+
+    done = subprocess.run([sys.executable, "-c", WAITS, way], env=clock.env, capture_output=True, text=True, timeout=20)
+
+    assert 0.1 < float(done.stdout) < 5, done.stderr
 
 
 def test_unforeseen_failure_of_an_rpc_fails_the_test() -> None:
