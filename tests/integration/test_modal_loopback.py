@@ -194,6 +194,8 @@ class TestCalls:
             write("painted")
 
         assert call.get() == "painted"
+        (recorded,) = [made for made in loopback.calls if made.call_id == call.object_id]
+        assert recorded.inputs[0].arguments == ((gate.path,), {})
 
     def test_one_container_takes_inputs_up_to_its_maximum(self, loopback: Loopback, tmp_path: Path) -> None:
         gates = [Gate(tmp_path / str(number)) for number in range(4)]

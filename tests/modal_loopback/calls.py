@@ -4,9 +4,10 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from grpclib import Status
+from modal._serialization import deserialize_data_format
 from modal_proto import api_pb2
 
 from modal_loopback.records import Function
@@ -34,6 +35,11 @@ class Input:
     attempts: int = 0
     lost: int = 0
     failed: int = 0
+
+    @property
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the function is called with: by position and by name."""
+        return deserialize_data_format(self.payload.args, self.payload.data_format, None)
 
 
 @dataclass(eq=False, repr=False)

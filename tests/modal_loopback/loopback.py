@@ -130,7 +130,7 @@ class Loopback:
         """Run `modal` with these arguments, and wait for its end. env: besides this process's own."""
         done = subprocess.run(
             _command(arguments),
-            env=self._cli_env(env),
+            env=self.environment(env),
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -148,7 +148,7 @@ class Loopback:
         with output.open("w") as log:
             process = subprocess.Popen(
                 _command(("serve", *arguments)),
-                env=self._cli_env(env),
+                env=self.environment(env),
                 cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -170,7 +170,7 @@ class Loopback:
             process.send_signal(signal.SIGINT)
             look.join()
 
-    def _cli_env(self, env: Mapping[str, str] | None) -> dict[str, str]:
+    def environment(self, env: Mapping[str, str] | None) -> dict[str, str]:
         inherited = {k: v for k, v in os.environ.items() if not k.upper().startswith("MODAL_")}
         inherited = {k: v for k, v in inherited.items() if not k.upper().endswith("_PROXY")}
         own = {
