@@ -197,6 +197,12 @@ class TestCalls:
         (recorded,) = [made for made in loopback.calls if made.call_id == call.object_id]
         assert recorded.inputs[0].arguments == ((gate.path,), {})
 
+    def test_spawned_map_is_read_by_index(self, loopback: Loopback) -> None:
+        call = function(loopback, "double").experimental_spawn_map([1, 2])
+
+        assert [call.get(index=index) for index in (1, 0)] == [4, 2]
+        assert call.num_inputs() == 2
+
     def test_one_container_takes_inputs_up_to_its_maximum(self, loopback: Loopback, tmp_path: Path) -> None:
         gates = [Gate(tmp_path / str(number)) for number in range(4)]
         calls = [painter(loopback).hold.spawn(gate.path) for gate in gates]
