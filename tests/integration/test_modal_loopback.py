@@ -32,11 +32,9 @@ def deployed() -> Iterator[Loopback]:
 
 @pytest.fixture
 def loopback(deployed: Loopback) -> Iterator[Loopback]:
-    """The deployed sample app with no containers, before the test and after it."""
+    """The deployed sample app with no calls and no containers, before the test and after it."""
     yield deployed
-    for name in deployed.app("sample").functions:
-        for container in deployed.containers("sample", name):
-            container.kill()
+    deployed.abandon("sample")
 
 
 class Gate:

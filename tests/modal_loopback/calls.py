@@ -120,6 +120,14 @@ class Calls:
                 self._queue(item, in_front=True)
         container.running.clear()
 
+    def abandon(self, function: Function) -> None:
+        """End all inputs of a function, those that run included."""
+        for container in function.containers:
+            for item in container.running.values():
+                self._finish(item, Result(status=Result.GENERIC_STATUS_TERMINATED, exception="abandoned"))
+            container.running.clear()
+        self.fail_queued(function, Result(status=Result.GENERIC_STATUS_TERMINATED, exception="abandoned"))
+
     def fail_queued(self, function: Function, result: api_pb2.GenericResult) -> None:
         """End all inputs that wait for a function which cannot start."""
         while function.queue:
