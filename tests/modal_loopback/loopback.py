@@ -34,7 +34,7 @@ from modal_loopback.storage import Storage
 from modal_loopback.web import Ingress, Sites
 from modal_loopback.worker import Worker
 
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 60.0
 CLI_TIMEOUT_S = 60.0
 
 
