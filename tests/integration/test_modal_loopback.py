@@ -1,7 +1,10 @@
 """The loopback Modal itself: the real CLI deploys to it, and Modal's real container entry point runs in it."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +14,7 @@ import httpx
 import modal
 import pytest
 from modal_loopback import Loopback
+from modal_loopback.clock import Clock
 from modal_loopback.records import VolumeMount
 
 SAMPLE = Path(__file__).parents[1] / "modal_loopback" / "sample_app.py"
@@ -28,11 +32,9 @@ def deployed() -> Iterator[Loopback]:
 
 @pytest.fixture
 def loopback(deployed: Loopback) -> Iterator[Loopback]:
-    """The deployed sample app with no containers, before the test and after it."""
+    """The deployed sample app with no calls and no containers, before the test and after it."""
     yield deployed
-    for name in deployed.app("sample").functions:
-        for container in deployed.containers("sample", name):
-            container.kill()
+    deployed.abandon("sample")
 
 
 class Gate:
@@ -190,6 +192,14 @@ class TestCalls:
             write("painted")
 
         assert call.get() == "painted"
+        (recorded,) = [made for made in loopback.calls if made.call_id == call.object_id]
+        assert recorded.inputs[0].arguments == ((gate.path,), {})
+
+    def test_spawned_map_is_read_by_index(self, loopback: Loopback) -> None:
+        call = function(loopback, "double").experimental_spawn_map([1, 2])
+
+        assert [call.get(index=index) for index in (1, 0)] == [4, 2]
+        assert call.num_inputs() == 2
 
     def test_one_container_takes_inputs_up_to_its_maximum(self, loopback: Loopback, tmp_path: Path) -> None:
         gates = [Gate(tmp_path / str(number)) for number in range(4)]
@@ -321,6 +331,18 @@ class TestWeb:
 
         assert (answer.status_code, answer.json()) == (200, {"result": 10})
 
+    def test_lost_container_answers_500_and_the_request_is_not_tried_again(
+        self, http: httpx.Client, loopback: Loopback, gate: Gate
+    ) -> None:
+        with ThreadPoolExecutor() as pool:
+            answer = pool.submit(http.get, "/slow", params={"gate": gate.path})
+            with gate.held():
+                (container,) = loopback.containers("sample", "web")
+                container.kill()
+
+            assert answer.result().status_code == 500
+        assert loopback.containers("sample", "web") == []
+
     def test_slow_request_is_sent_to_an_address_that_has_its_answer(self, gate: Gate) -> None:
         with Loopback(secrets=SECRETS, redirect_after_s=0.0) as loopback:
             loopback.cli("deploy", str(SAMPLE))
@@ -376,6 +398,43 @@ class TestSnapshot:
         container.kill()
 
         assert container.pids() == []
+
+
+WAITS = """
+import ctypes, platform, sys, time
+
+c = ctypes.CDLL(None, use_errno=True)
+deadline = time.time() + 0.2
+until = (ctypes.c_long * 2)(int(deadline), int(deadline % 1 * 1e9))
+some, more = ctypes.create_string_buffer(64), ctypes.create_string_buffer(64)
+started = time.monotonic()
+match sys.argv[1]:
+    case "semaphore":
+        c.sem_timedwait(some, until)
+    case "condition":
+        c.pthread_cond_timedwait(some, more, until)
+    case "mutex":
+        c.pthread_mutex_lock(some)
+        c.pthread_mutex_timedlock(some, until)
+    case "futex":
+        number = {"x86_64": 202, "aarch64": 98}[platform.machine()]
+        wait_bitset, clock_realtime = 9, 256
+        flags, every_bit = ctypes.c_long(wait_bitset | clock_realtime), ctypes.c_long(-1)
+        c.syscall(ctypes.c_long(number), some, flags, ctypes.c_long(0), until, None, every_bit)
+print(time.monotonic() - started)
+"""
+"""Waits until a time of day, in one of the ways of C."""
+
+
+@pytest.mark.parametrize("days", [3, -3])
+@pytest.mark.parametrize("way", ["semaphore", "condition", "mutex", "futex"])
+def test_deadlines_by_a_moved_clock_come_in_time(way: str, days: int, tmp_path: Path) -> None:
+    clock = Clock(tmp_path / "clock")
+    clock.set(timedelta(days=days))
+
+    done = subprocess.run([sys.executable, "-c", WAITS, way], env=clock.env, capture_output=True, text=True, timeout=20)
+
+    assert 0.1 < float(done.stdout) < 5, done.stderr
 
 
 def test_unforeseen_failure_of_an_rpc_fails_the_test() -> None:

@@ -4,9 +4,10 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from grpclib import Status
+from modal._serialization import deserialize_data_format
 from modal_proto import api_pb2
 
 from modal_loopback.records import Function
@@ -34,6 +35,11 @@ class Input:
     attempts: int = 0
     lost: int = 0
     failed: int = 0
+
+    @property
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the function is called with: by position and by name."""
+        return deserialize_data_format(self.payload.args, self.payload.data_format, None)
 
 
 @dataclass(eq=False, repr=False)
@@ -113,6 +119,14 @@ class Calls:
             else:
                 self._queue(item, in_front=True)
         container.running.clear()
+
+    def abandon(self, function: Function) -> None:
+        """End all inputs of a function, those that run included."""
+        for container in function.containers:
+            for item in container.running.values():
+                self._finish(item, Result(status=Result.GENERIC_STATUS_TERMINATED, exception="abandoned"))
+            container.running.clear()
+        self.fail_queued(function, Result(status=Result.GENERIC_STATUS_TERMINATED, exception="abandoned"))
 
     def fail_queued(self, function: Function, result: api_pb2.GenericResult) -> None:
         """End all inputs that wait for a function which cannot start."""

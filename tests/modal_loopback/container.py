@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 from grpclib.server import Server
 from modal_proto import api_pb2
+from s3_servers.process import dies_with_parent
 
 from modal_loopback.calls import Calls, Input
 from modal_loopback.clock import Clock
@@ -156,6 +157,7 @@ class Container:
     async def _process(self, root: Path, env: Mapping[str, str]) -> None:
         log_out, log_in = os.pipe()
         process = await asyncio.create_subprocess_exec(
+            *dies_with_parent(),
             sys.executable,
             "-m",
             "modal._container_entrypoint",

@@ -34,7 +34,7 @@ from modal_loopback.storage import Storage
 from modal_loopback.web import Ingress, Sites
 from modal_loopback.worker import Worker
 
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 60.0
 CLI_TIMEOUT_S = 60.0
 
 
@@ -250,6 +250,14 @@ class Loopback:
         live = [container for function in self.app(app_name).functions.values() for container in function.containers]
         self._changes.do(lambda: [container.retire() for container in live])
         self.wait_until(lambda: all(c.state == "gone" for c in live), timeout_s, f"no containers of {app_name}")
+
+    def abandon(self, app_name: str) -> None:
+        """End all calls of an app, and kill its containers: as if there had been none."""
+        functions = self.app(app_name).functions.values()
+        live = [container for function in functions for container in function.containers]
+        self._changes.do(lambda: [self._calls.abandon(function) for function in functions])
+        for container in live:
+            container.kill()
 
     def wait_until(self, find: Callable[[], T], timeout_s: float = 60.0, what: str = "a condition") -> T:
         """What `find` returns once that is true; it is looked at when anything changes here. Raises TimeoutError."""
