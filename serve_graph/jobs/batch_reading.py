@@ -53,6 +53,7 @@ class _Seen:
     """What the store's lists said of a batch: how jobs ended, and which have a record."""
 
     at: float
+    ended: bool
     done: dict[int, JobState]
     begun: frozenset[int]
     cancel: BatchCancel | None
@@ -243,16 +244,20 @@ class BatchReading:
         return record.model_copy(update={"state": JobState.CANCELLED, "at": at, "error": error})
 
     async def _look(self, batch_id: str) -> _Seen:
-        """What the store's lists say, or have said a moment ago."""
-        seen = self._seen.get(batch_id)
-        if seen is None or time.monotonic() - seen.at > SEEN_FOR_S:
-            io, records = self._recorder.io, self._records
-            cancel, done, begun = await asyncio.gather(
-                io(records.cancelled, batch_id), io(records.done, batch_id), io(records.begun, batch_id)
-            )
-            seen = self._seen[batch_id] = _Seen(time.monotonic(), done, frozenset(begun), cancel)
-            if len(self._seen) > MAX_SEEN:
-                self._seen.pop(next(iter(self._seen)))
+        """What the store's lists say, or have said a moment ago, but nothing from before the batch's end."""
+        io, records, seen = self._recorder.io, self._records, self._seen.get(batch_id)
+        fresh = seen is not None and time.monotonic() - seen.at <= SEEN_FOR_S
+        if seen is not None and fresh and seen.ended:
+            return seen
+        ended = await io(records.summary, batch_id) is not None
+        if seen is not None and fresh and not ended:
+            return seen
+        cancel, done, begun = await asyncio.gather(
+            io(records.cancelled, batch_id), io(records.done, batch_id), io(records.begun, batch_id)
+        )
+        seen = self._seen[batch_id] = _Seen(time.monotonic(), ended, done, frozenset(begun), cancel)
+        if len(self._seen) > MAX_SEEN:
+            self._seen.pop(next(iter(self._seen)))
         return seen
 
     async def _listed(self, entry: str, principal: Principal) -> Batch | None:

@@ -249,6 +249,16 @@ async def test_a_batch_gets_a_turn_for_each_job_as_far_as_there_are(tmp_path: Pa
     assert (ended.state, ended.counts.succeeded) == ("ended", 6)
 
 
+async def test_results_of_an_ended_batch_are_not_those_of_a_look_before(tmp_path: Path, front: Jobs) -> None:
+    batch = await front.service.submit_batch(sent([REQUEST] * 2), "request-1")
+    reading = front.service.batches.reading
+    assert {result.state async for result in reading.results(batch.batch_id, NOBODY)} == {JobState.QUEUED}
+    async with container(tmp_path) as working:
+        await in_time(working.service.work_on(batch.batch_id))
+
+    assert {result.state async for result in reading.results(batch.batch_id, NOBODY)} == {JobState.SUCCEEDED}
+
+
 async def test_a_sweep_calls_again_for_a_batch_once_nothing_runs(tmp_path: Path, front: Jobs, calls: Calls) -> None:
     batch = await front.service.submit_batch(sent([REQUEST] * 2), "request-1")
     async with process(tmp_path, platform=calls, lease_s=SHORT_LEASE_S):
