@@ -102,7 +102,7 @@ class Generator:
 
     @modal.method()
     async def generate(self, work_id: str) -> None:
-        """Work until this job or batch has ended; what takes longer than a call may is called for again."""
+        """Work until this job or batch has ended; where it can't be ended here, it is called for again."""
         if not await self.container.work_on(work_id):
             await self.generate.spawn.aio(work_id)
 

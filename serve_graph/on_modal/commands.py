@@ -17,7 +17,7 @@ from serve_graph.settings import API_KEY_VARIABLE
 
 OUT: Final = Path("out")
 
-SMOKE_TTL_S: Final = 20
+SMOKE_TTL_S: Final = 5
 EXPIRY_MARGIN_S: Final = 30
 
 FLOORS_480P_S: Final = {"L4": 234.0, "A100": 91.0, "H100": 28.6}

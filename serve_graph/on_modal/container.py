@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Coroutine
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from schemas.errors import ModelNotReady
+from schemas.errors import ModelNotReady, ShuttingDown
 from schemas.health import GeneratorHealth
 from schemas.requests import GenerateRequest
 from serve_graph.logs import configure_logging, log_event, log_failure
@@ -90,8 +91,11 @@ class Container:
         config = self._config
         configure_logging(level=config.settings.log_level)
         schema = check_schema(config.serve)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         self._stack.enter_context(ray_runtime(num_gpus=1))  # in a CPU snapshot there is none yet
         deploy(schema, config.app_name, threading.Event())
+        for number, handler in handlers.items():  # Ray puts its own over Modal's, which end a container cleanly
+            signal.signal(number, handler)
         if self._options.snapshot != "cpu":
             self._handles_loop.run(self._warm_up())
         log_event("graph_started", seconds=round(time.monotonic() - began, 3))
@@ -117,11 +121,11 @@ class Container:
         self._record_start()
 
     async def work_on(self, work_id: str) -> bool:
-        """Work until this job or batch has ended; False when that takes longer than a call may."""
+        """Work until this job or batch has ended; False when it did not, since the container or the call's time ends."""
         limit_s = self._options.timeout - self._loaded.settings.queue.drain_timeout_s - 30
         try:
             await self._handles_loop.awaited(self._work_on(work_id), limit_s)
-        except TimeoutError:
+        except (TimeoutError, ShuttingDown):
             return False
         return True
 

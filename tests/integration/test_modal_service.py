@@ -294,3 +294,16 @@ def test_the_sweeper_calls_again_for_a_job_whose_call_is_lost(warm: Service) -> 
         sweep = modal.Function.from_name("wan-serve", "sweep", client=warm.modal.client)
         sweep.spawn()
         assert client.wait(waiting.job_id).state is JobState.SUCCEEDED
+
+
+def test_smoke_of_the_real_cli_says_what_works(warm: Service) -> None:
+    done = warm.modal.cli(
+        *("run", "-m", "serve_graph.modal_app::smoke", "--url", warm.url),
+        env={"WAN_API_KEY": warm.key},
+        cwd=ROOT,
+        timeout_s=120,
+    )
+
+    assert done.exit_code == 0, done.output
+    lines = [line.split(":")[0].split() for line in done.output.splitlines() if line.startswith("ok ")]
+    assert lines == [["ok", "health"], ["ok", "generate"], ["ok", "fetch"], ["ok", "expiry"]]

@@ -59,6 +59,7 @@ class Container:
         self._changes = changes
         self._folder = folder
         self._log: list[str] = []
+        self._preempted = False
         self._mark = f"{MARK}={task_id}@{os.getpid()}"
         self._main_pid = 0
         self._doomed = False
@@ -113,7 +114,8 @@ class Container:
         self.wait("gone", timeout_s)
 
     def preempt(self) -> None:
-        """Interrupt it, as Modal does before it takes a machine away. Returns at once."""
+        """Interrupt it, as Modal does before it takes a machine away; its inputs go to another. Returns at once."""
+        self._preempted = True
         _signal(self._main_pid, signal.SIGINT)
 
     def send_kill(self) -> None:
@@ -266,8 +268,10 @@ class Container:
         return api_pb2.FunctionGetInputsResponse(inputs=[given])
 
     async def FunctionPutOutputs(self, request: api_pb2.FunctionPutOutputsRequest) -> None:
+        terminated = api_pb2.GenericResult.GENERIC_STATUS_TERMINATED
         for output in request.outputs:
-            self._calls.put(self, output)
+            if not (self._preempted and output.result.status == terminated):  # nobody has cancelled that input
+                self._calls.put(self, output)
 
     async def FunctionGetDynamicConcurrency(
         self, request: api_pb2.FunctionGetDynamicConcurrencyRequest
