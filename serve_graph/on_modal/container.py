@@ -23,7 +23,8 @@ from schemas.errors import ModelNotReady, ShuttingDown
 from schemas.health import GeneratorHealth
 from schemas.requests import GenerateRequest
 from serve_graph.logs import configure_logging, log_event, log_failure
-from serve_graph.on_modal.options import CONFIG, ModalOptions, service_args
+from serve_graph.on_modal.options import CONFIG, ModalOptions, fetched_weights, service_args
+from serve_graph.on_modal.weights import check_whole
 from serve_graph.open_ports import free_port
 from serve_graph.renewal import renew_process
 from serve_graph.server import (
@@ -85,6 +86,9 @@ class Container:
         args.setdefault("queue", {})["by_call"] = True
         if self._options.snapshot == "cpu":
             args["model"]["load_on_cpu"] = True
+        weights = fetched_weights(self._options)
+        if weights is not None:
+            check_whole(weights)
         if self._config is None:  # else Ray, which has read its token, is built anew in this process
             self._config = load_config(CONFIG, port=free_port(), args=args)
             self._environment.enter_context(ray_environment(self._config.settings))
@@ -121,7 +125,7 @@ class Container:
         self._record_start()
 
     async def work_on(self, work_id: str) -> bool:
-        """Work until this job or batch has ended; False when it did not, since the container or the call's time ends."""
+        """Work until this job or batch has ended; False where this container or the call ends first."""
         limit_s = self._options.timeout - self._loaded.settings.queue.drain_timeout_s - 30
         try:
             await self._handles_loop.awaited(self._work_on(work_id), limit_s)
@@ -167,8 +171,9 @@ class Container:
         profile = self._loaded.settings.profile
         clips = []
         for resolution in profile.resolutions:
-            size = {"width": resolution.width, "height": resolution.height}
-            request = GenerateRequest(prompt=WARM_UP_PROMPT, num_inference_steps=1, **size)
+            request = GenerateRequest(
+                prompt=WARM_UP_PROMPT, width=resolution.width, height=resolution.height, num_inference_steps=1
+            )
             parameters = profile.resolve(request)
             clips.append((parameters, await preprocessor.prepare.remote(parameters)))
         await generator.warm_up.remote(clips)

@@ -139,6 +139,14 @@ def profile_of(options: ModalOptions) -> ModelProfile:
     return PROFILES[name]
 
 
+def fetched_weights(options: ModalOptions) -> Path | None:
+    """Where `download_weights` has put the checkpoint; None where it is made on the spot or lies elsewhere."""
+    profile = profile_of(options)
+    if profile.hub_id is None or "WAN_MODEL__PATH" in os.environ:
+        return None
+    return Path(options.weights_dir) / profile.name
+
+
 def _file_args() -> dict[str, Any]:
     args: dict[str, Any] = yaml.safe_load(CONFIG.read_text())["applications"][0]["args"]
     return args

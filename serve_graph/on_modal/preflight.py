@@ -7,7 +7,7 @@ from modal.exception import Error as ModalError
 from modal.exception import NotFoundError
 
 from schemas.errors import ModelNotReady
-from serve_graph.on_modal.options import check_settings, profile_of, read_options
+from serve_graph.on_modal.options import check_settings, fetched_weights, profile_of, read_options
 from serve_graph.on_modal.weights import INVENTORY, read_inventory
 from serve_graph.settings import ConfigError
 
@@ -22,7 +22,7 @@ def check() -> None:
         except ModalError as error:
             raise ConfigError(f"the Secret {name} needs {', '.join(keys)}: {error}") from error
     profile = profile_of(options)
-    if profile.hub_id is None:
+    if fetched_weights(options) is None:
         return
     again = "run `modal run -m serve_graph.modal_app::download_weights`"
     volume = modal.Volume.from_name("wan-weights")
