@@ -18,7 +18,7 @@ from serve_graph.logs import configure_logging, log_event, log_failure
 from serve_graph.metrics import GeneratorMetrics, new_registry, snapshot
 from serve_graph.preprocessor import TEXT_ENCODER_GPUS
 from serve_graph.renewal import renew_process
-from serve_graph.settings import Settings
+from serve_graph.settings import Settings, StorageSettings
 from serve_graph.spool import claim_spool
 from serve_graph.stores import open_store
 
@@ -96,11 +96,12 @@ class Generator:
 
         warm_up(self._parts, clips, text_length=self._settings.profile.max_sequence_length)
 
-    def awaken(self, environment: dict[str, str]) -> None:
+    def awaken(self, environment: dict[str, str], storage: StorageSettings) -> None:
         """Begin to work, with these variables in the environment: after a snapshot it is another container's."""
         from serve_graph.engine import checkpoint
 
         renew_process(environment)
+        self._settings = self._settings.model_copy(update={"storage": storage})
         if self._settings.model.load_on_cpu:
             device = checkpoint.pick_device(self._settings.model.device, "model.device")
             self._parts = checkpoint.moved(self._parts, device)

@@ -16,7 +16,7 @@ from serve_graph.metrics import merge, new_registry, snapshot
 from serve_graph.niceness import step_back
 from serve_graph.ray_worker import RayWorker
 from serve_graph.renewal import renew_process
-from serve_graph.settings import Settings
+from serve_graph.settings import Settings, StorageSettings
 
 
 @serve.ingress()
@@ -71,9 +71,10 @@ class Ingress:
         else:
             await self._app(scope, receive, send)
 
-    async def awaken(self, environment: dict[str, str], start: str) -> None:
+    async def awaken(self, environment: dict[str, str], storage: StorageSettings, start: str) -> None:
         """Begin to serve, with these variables in the environment. start: how the graph came up, for the metrics."""
         renew_process(environment)
+        self._settings = self._settings.model_copy(update={"storage": storage})
         self._assembly = self._assemble()
         self._assembly.metrics.container_started(start)
         self._app = self._assembly.app()

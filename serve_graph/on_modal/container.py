@@ -37,6 +37,7 @@ from serve_graph.server import (
     stop_app,
 )
 from serve_graph.settings import SECRET_NAMES
+from serve_graph.stores import prepared
 
 T = TypeVar("T")
 
@@ -181,8 +182,9 @@ class Container:
     async def _awaken(self, start: str) -> None:
         environment = {name: os.environ[name] for name in SECRET_NAMES if name in os.environ}
         generator, ingress = self._handles("Generator", "Ingress")
-        await generator.awaken.remote(environment)
-        await ingress.awaken.remote(environment, start)
+        settings = await asyncio.to_thread(prepared, self._loaded.settings)
+        await generator.awaken.remote(environment, settings.storage)
+        await ingress.awaken.remote(environment, settings.storage, start)
 
     def _record_start(self) -> None:
         """Leave a line about this start in the Volume, for whoever asks how long starts take."""

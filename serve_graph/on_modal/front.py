@@ -11,17 +11,16 @@ from functools import cached_property
 
 from fastapi import FastAPI
 
-from schemas.errors import ModelNotReady, StoreUnavailable
+from schemas.errors import ModelNotReady
 from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask
 from schemas.health import GeneratorHealth
 from schemas.requests import GenerationParameters
 from serve_graph.assembly import Assembly
 from serve_graph.instances import InstanceReport, Instances, Reporter
 from serve_graph.jobs.platform import Platform
-from serve_graph.logs import log_failure
 from serve_graph.metrics import merge, merge_instances, new_registry, snapshot
 from serve_graph.settings import ConfigError, Settings, accepted_keys
-from serve_graph.stores import prepare_store
+from serve_graph.stores import prepared
 from serve_graph.token_counting import TokenCounter
 
 DEPLOYMENT = "Front"
@@ -33,7 +32,7 @@ class Front:
     def __init__(self, settings: Settings, platform: Platform) -> None:
         if accepted_keys(settings) is None and settings.auth != "none":
             raise ConfigError("there are no API keys: make one with `wan-serve key new`, or set WAN_AUTH=none")
-        settings = _prepared(settings)
+        settings = prepared(settings)
         self._registry = new_registry()
         self._assembly = Assembly(
             settings,
@@ -82,15 +81,6 @@ class Front:
     async def _exposition(self) -> bytes:
         pages = {report.instance: report.metrics for report in await self._reports()}
         return merge_instances({**pages, self._instances.own: (await self._own_metrics()).decode()})
-
-
-def _prepared(settings: Settings) -> Settings:
-    """With what the bucket can do; a bucket that is away now may be there for the next request. Raises UnfitStore."""
-    try:
-        return prepare_store(settings)[0]  # a graph's start shows the warnings
-    except StoreUnavailable as failure:
-        log_failure("store_not_prepared", failure)
-        return settings
 
 
 class _Elsewhere:
