@@ -52,7 +52,7 @@ def fetch(profile: ModelProfile, revision: str, folder: Path, endpoint: str | No
         info = HfApi(endpoint).model_info(profile.hub_id, revision=revision, files_metadata=True)
         commit = str(info.sha)
         snapshot_download(profile.hub_id, revision=commit, local_dir=folder, endpoint=endpoint)
-    except OSError as error:  # every hub and network error of huggingface_hub derives from it
+    except Exception as error:  # the hub's client has errors of its own, of its HTTP library and of the system
         raise ModelNotReady(f"{profile.hub_id} could not be fetched from the hub: {error}") from error
     files = tuple(
         WeightFile(path=file.rfilename, size_bytes=file.size or 0, sha256=file.lfs.sha256 if file.lfs else None)

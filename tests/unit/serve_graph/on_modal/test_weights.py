@@ -55,7 +55,8 @@ class Hub:
         path = urlparse(handler.path).path
         self.asked.append(f"{handler.command} {path} {handler.headers.get('Range', '')}".strip())
         if path.startswith(f"/api/models/{PROFILE.hub_id}"):
-            self.send(handler, json.dumps(self.info()).encode(), {"Content-Type": "application/json"})
+            told = self.tree() if "/tree/" in path else self.info()
+            self.send(handler, json.dumps(told).encode(), {"Content-Type": "application/json"})
             return
         name = path.removeprefix(f"/{PROFILE.hub_id}/resolve/{COMMIT}/")
         if name not in self.files:
@@ -81,6 +82,9 @@ class Hub:
         if handler.command == "GET":
             handler.wfile.write(body[:cut])
             handler.close_connection = cut is not None
+
+    def tree(self) -> list[dict[str, Any]]:
+        return [{"type": "file", "path": name, "size": len(body), "oid": "b" * 40} for name, body in self.told.items()]
 
     def info(self) -> dict[str, Any]:
         siblings = [
