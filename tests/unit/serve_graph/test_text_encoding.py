@@ -149,7 +149,7 @@ def test_encode_does_nothing_when_there_is_nothing(encoder: TextEncoder) -> None
 
 def test_count_tokens_counts_the_end_token_of_the_cleaned_text(encoder: TextEncoder) -> None:
     assert encoder.tokens.count("prompt", "  a red \n circle ") == 3 + 1
-    assert encoder.tokens.count("prompt", "a &amp;amp; b") == encoder.count_tokens("prompt", "a & b")
+    assert encoder.tokens.count("prompt", "a &amp;amp; b") == encoder.tokens.count("prompt", "a & b")
     assert encoder.tokens.count("prompt", "") == 1
 
 
