@@ -11,7 +11,7 @@ TEST_WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve serve-s3 test test-ceph lint typecheck check format bench clean
+.PHONY: help install demo serve serve-s3 test test-ceph test-modal deploy modal-smoke modal-coldstart lint typecheck check format bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -39,6 +39,19 @@ test: $(STAMP) ## Run all tests, with real Ray and real diffusers
 
 test-ceph: $(STAMP) ## Run the store's contract, and the service, on Ceph RGW; says what to install where it is missing
 	$(BIN)/python -m pytest -m ceph $(PYTEST_ARGS)
+
+test-modal: $(STAMP) ## Deploy to a Modal on loopback and run its containers; part of `make test`
+	$(BIN)/python -m pytest tests/integration/test_modal_*.py $(PYTEST_ARGS)
+
+deploy: $(STAMP) ## Deploy to Modal: see the README's "On Modal"
+	@$(BIN)/python -m serve_graph.on_modal.preflight
+	$(BIN)/modal deploy -m serve_graph.modal_app
+
+modal-smoke: $(STAMP) ## Check the deployed service: health, a clip, its bytes, its expiry
+	$(BIN)/modal run -m serve_graph.modal_app::smoke
+
+modal-coldstart: $(STAMP) ## Measure cold starts of the deployed generator (out/coldstart.md)
+	$(BIN)/modal run -m serve_graph.modal_app::coldstart
 
 lint: $(STAMP) ## Lint, and check the format and the import layers; changes nothing
 	$(BIN)/ruff check .

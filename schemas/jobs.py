@@ -129,6 +129,7 @@ class JobRecord(BaseModel):
     suspect: bool = Field(default=False, description="Its worker was lost while it ran: it runs alone from now on.")
     lease: Lease | None = Field(default=None, description="Whose it is, in `preparing` and `running`.")
     cancel_requested: bool = False
+    call_id: str | None = Field(default=None, description="Of the call that a platform (Modal) was given to run it.")
     idempotent: bool = Field(default=False, description="Made with an Idempotency-Key.")
     request: GenerateRequest
     parameters: GenerationParameters

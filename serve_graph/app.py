@@ -19,7 +19,8 @@ def build_app(args: dict[str, Any]) -> Application:
     """
     settings = read_settings(args)
     settings.require_public_url()
-    settings, _ = prepare_store(settings)  # `wan-serve serve` has shown the warnings; a cluster's start is its own
+    if not settings.queue.by_call:  # else its deployments open the store when they are woken
+        settings, _ = prepare_store(settings)  # `wan-serve serve` has shown the warnings; a cluster's start is its own
     preprocessor = serve.deployment(**preprocessor_options(settings))(Preprocessor).bind(settings)
     generator = serve.deployment(**generator_options(settings))(Generator).bind(settings)
     return serve.deployment(**ingress_options(settings))(Ingress).bind(settings, preprocessor, generator)

@@ -3,7 +3,7 @@
 torch and diffusers are imported on the replica: whoever only binds this class need not wait for them.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +13,19 @@ from ray import serve
 
 from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask
 from schemas.health import GeneratorHealth, GpuHealth, ModelHealth
+from schemas.requests import GenerationParameters
 from serve_graph.logs import configure_logging, log_event, log_failure
 from serve_graph.metrics import GeneratorMetrics, new_registry, snapshot
 from serve_graph.preprocessor import TEXT_ENCODER_GPUS
-from serve_graph.settings import Settings
+from serve_graph.renewal import renew_process
+from serve_graph.settings import Settings, StorageSettings
 from serve_graph.spool import claim_spool
 from serve_graph.stores import open_store
 
 if TYPE_CHECKING:
     import torch
+
+    from serve_graph.engine.loop import Engine
 
 
 class Generator:
@@ -32,46 +36,78 @@ class Generator:
 
         from serve_graph.engine import checkpoint
         from serve_graph.engine.checkpoint_folder import locate_checkpoint
-        from serve_graph.engine.loop import Engine, EngineLimits
-        from serve_graph.render import Renderer
 
         context = serve.get_replica_context()
         self._replica = context.replica_id.unique_id
         self._deployment = context.deployment
         configure_logging(level=settings.log_level, deployment=self._deployment, replica=self._replica)
         torch.set_num_threads(settings.engine.num_threads)
+        self._settings = settings
         model, profile = settings.model, settings.profile
-        device = checkpoint.pick_device(model.device, "model.device")
+        device = checkpoint.pick_device("cpu" if model.load_on_cpu else model.device, "model.device")
         dtype = checkpoint.resolve_dtype(model.dtype, device)
         found = locate_checkpoint(profile, model.path, model.revision, settings.models_dir)
         vae_dtype = checkpoint.resolve_dtype(model.vae_dtype, device)
-        parts = checkpoint.load_generator_parts(found.folder, device, dtype, vae_dtype)
+        self._parts = checkpoint.load_generator_parts(found.folder, device, dtype, vae_dtype)
         self._device = device
         self._registry = new_registry()
         self._metrics = GeneratorMetrics(self._registry)
-        self._metrics.set_model(profile.name, found.revision, dtype, str(device))
+        self._model = ModelHealth(
+            profile=profile.name, revision=found.revision, loaded=True, dtype=dtype, device=str(device)
+        )
+        log_event("model_loaded", profile=profile.name, dtype=dtype, device=str(device))
+        self._engine: Engine | None = None
+        if not settings.queue.by_call:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Start the engine on the loaded model, and open the store."""
+        from serve_graph.engine.loop import Engine, EngineLimits
+        from serve_graph.render import Renderer
+
+        settings = self._settings
+        model = self._model
+        self._metrics.set_model(model.profile, model.revision, str(model.dtype), str(self._device))
         limits = EngineLimits(
             max_jobs_in_flight=settings.engine.max_jobs_in_flight,
             max_batch_tokens=settings.engine.max_batch_tokens,
-            text_length=profile.max_sequence_length,
+            text_length=settings.profile.max_sequence_length,
             hang_timeout_s=settings.engine.hang_timeout_s,
             policy=settings.queue.policy,
         )
-        self._engine = Engine(parts, limits, self._metrics, _log_failure)
+        self._engine = Engine(self._parts, limits, self._metrics, _log_failure)
         self._renderer = Renderer(
             self._engine,
             open_store(settings),
-            model=profile.name,
+            model=settings.profile.name,
             spool=claim_spool(settings.spool_dir),
             encode=settings.encode,
             executor=ThreadPoolExecutor(max_workers=2 * settings.max_dispatched_jobs, thread_name_prefix="wan-encode"),
             metrics=self._metrics,
             patience_s=settings.storage.patience_s,
         )
-        self._model = ModelHealth(
-            profile=profile.name, revision=found.revision, loaded=True, dtype=dtype, device=str(device)
-        )
-        log_event("model_loaded", profile=profile.name, dtype=dtype, device=str(device))
+
+    def warm_up(self, clips: Sequence[tuple[GenerationParameters, PreparedPrompt]]) -> None:
+        """Render these into nothing, so that kernels are built and chosen, and give back the memory that it took.
+
+        Before `awaken` only: a memory snapshot holds what it leaves behind.
+        """
+        from serve_graph.engine.warm_up import warm_up
+
+        warm_up(self._parts, clips, text_length=self._settings.profile.max_sequence_length)
+
+    def awaken(self, environment: dict[str, str], storage: StorageSettings) -> None:
+        """Begin to work, with these variables in the environment: after a snapshot it is another container's."""
+        from serve_graph.engine import checkpoint
+
+        renew_process(environment)
+        self._settings = self._settings.model_copy(update={"storage": storage})
+        if self._settings.model.load_on_cpu:
+            device = checkpoint.pick_device(self._settings.model.device, "model.device")
+            self._parts = checkpoint.moved(self._parts, device)
+            self._device = device
+            self._model = self._model.model_copy(update={"device": str(device)})
+        self._begin()
 
     async def render(self, task: RenderTask, prompt: PreparedPrompt) -> AsyncGenerator[RenderEvent, None]:
         """Stream one clip's events; see `Renderer.render`."""
@@ -95,7 +131,8 @@ class Generator:
 
     def check_health(self) -> None:
         """Called by Serve, which replaces the replica when this raises."""
-        self._engine.check()
+        if self._engine is not None:
+            self._engine.check()
 
     def __del__(self) -> None:
         engine = getattr(self, "_engine", None)

@@ -9,12 +9,13 @@ from typing import Protocol
 
 from schemas.errors import ModelNotReady, ShuttingDown, StoreUnavailable, WanError
 from schemas.health import GeneratorHealth, Health, LastError, ModelHealth, QueueHealth, StorageHealth
+from serve_graph import __version__
 from serve_graph.settings import Settings
 from storage.store import ObjectStore
 
 MAX_AGE_S = 1.0
 STORE_TIMEOUT_S = 5.0
-_PACKAGES = ("wan-serve", "ray", "torch", "diffusers", "transformers")
+_PACKAGES = ("ray", "torch", "diffusers", "transformers")
 
 
 class GeneratorProbe(Protocol):
@@ -36,7 +37,10 @@ class JobsProbe(Protocol):
 
 
 class HealthMonitor:
-    """Probes the generator and the store, together and at most once a second however many ask."""
+    """Probes the generator and the store, together and at most once a second however many ask.
+
+    on_demand: the model is loaded where and when there is work, so that a service without one is ready, too.
+    """
 
     def __init__(
         self,
@@ -45,7 +49,10 @@ class HealthMonitor:
         store: ObjectStore,
         jobs: JobsProbe,
         executor: Executor,
+        *,
+        on_demand: bool = False,
     ) -> None:
+        self._on_demand = on_demand
         self._settings = settings
         self._probe = probe
         self._store = store
@@ -58,7 +65,9 @@ class HealthMonitor:
         self._problem: WanError | None = None
         self._store_problem: WanError | None = None
         self._store_check: asyncio.Future[None] | None = None
-        self._versions = {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+        self._versions = {"python": platform.python_version(), "wan-serve": __version__} | {
+            name: version(name) for name in _PACKAGES
+        }
         self.draining = False
 
     async def require_ready(self) -> None:
@@ -105,6 +114,8 @@ class HealthMonitor:
             self._problem = None if self._generator.model.loaded else ModelNotReady("the model is loading")
         except WanError as error:
             self._generator, self._problem = None, error
+        if self._on_demand:
+            self._problem = None
 
     async def _probe_store(self) -> None:
         """A check that hangs holds one thread of the pool, not one more with each refresh."""

@@ -1,35 +1,30 @@
 """The ingress deployment: the FastAPI application over the job service, wired to the other two deployments."""
 
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+import asyncio
 from typing import Any
 
-from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve_graph.api.app import create_api
-from serve_graph.api.auth import Authenticator
-from serve_graph.api.clip_files import SignedClips
-from serve_graph.api.routes import Service
-from serve_graph.health import HealthMonitor
-from serve_graph.jobs import JobService, Patiences, QueueLimits
+from schemas.errors import ModelNotReady
+from serve_graph.assembly import Assembly
+from serve_graph.instances import Instances, Reporter
 from serve_graph.logs import configure_logging
-from serve_graph.metrics import IngressMetrics, merge, new_registry, snapshot
+from serve_graph.metrics import merge, new_registry, snapshot
 from serve_graph.niceness import step_back
 from serve_graph.ray_worker import RayWorker
-from serve_graph.settings import Settings, accepted_keys, webhook_signer
-from serve_graph.stores import open_signed_store
-from serve_graph.webhooks.sender import WebhookSender
-from storage.job_records import JobRecords
-
-STORE_THREADS = 16
+from serve_graph.renewal import renew_process
+from serve_graph.settings import Settings, StorageSettings
 
 
 @serve.ingress()
 class Ingress:
-    """Builds its application on the replica, where the environment's secrets are."""
+    """Builds its application on the replica, where the environment's secrets are.
+
+    With `queue.by_call` that happens in `awaken`, after the memory snapshot; until then all requests get a 503.
+    """
 
     def __init__(
         self, settings: Settings, preprocessor: DeploymentHandle[Any], generator: DeploymentHandle[Any]
@@ -38,65 +33,66 @@ class Ingress:
         context = serve.get_replica_context()
         self._deployment, self._replica = context.deployment, context.replica_id.unique_id
         configure_logging(level=settings.log_level, deployment=self._deployment, replica=self._replica)
-        self._settings = settings
-        self._authenticator = Authenticator(accepted_keys(settings), protect_monitoring=settings.protect_monitoring)
         self._worker = RayWorker(preprocessor, generator)
         self._registry = new_registry()
-        self._metrics = IngressMetrics(self._registry)
-        executor = ThreadPoolExecutor(max_workers=STORE_THREADS, thread_name_prefix="wan-store")
-        opened = open_signed_store(settings)
-        signer = webhook_signer()
-        self._webhooks = None
-        if signer is not None:
-            policy = settings.webhooks.policy(can_sign=True)
-            self._webhooks = WebhookSender(policy, signer, self._metrics, timeout=settings.webhooks.timeout)
-        retention = settings.storage.job_retention
-        self._jobs = JobService(
-            profile=settings.profile,
-            worker=self._worker,
-            records=JobRecords(opened.store),
-            presigner=opened.presigner,
-            limits=QueueLimits(
-                max_waiting_jobs=settings.queue.max_waiting_jobs,
-                max_dispatched_jobs=settings.max_dispatched_jobs,
-                max_clip_pixels=settings.engine.max_clip_pixels,
-                policy=settings.queue.policy,
-                max_stretch=settings.queue.max_stretch,
-                max_batches=settings.queue.max_batches,
-            ),
-            patiences=Patiences(
-                worker_s=settings.queue.worker_patience_s,
-                store_s=settings.storage.patience_s,
-                lease_s=settings.queue.lease_s,
-                stall_s=settings.engine.hang_timeout_s + settings.queue.worker_patience_s,
-                run_s=settings.queue.max_run_time_s,
-                kept_s=None if retention is None else retention.total_seconds(),
-            ),
-            default_url_ttl=settings.default_url_ttl,
-            hash_secret=opened.hash_secret,
-            metrics=self._metrics,
-            executor=executor,
-            clip_retention=settings.storage.clip_retention,
-            webhook_policy=settings.webhooks.policy(can_sign=signer is not None),
-            webhook_sender=self._webhooks,
-        )
-        self._health = HealthMonitor(settings, self._worker, opened.store, self._jobs, executor)
-        self._signed_clips = None if opened.local is None else SignedClips(opened.local, executor)
+        self._settings = settings
+        self._app: ASGIApp | None = None
+        self._reporting: asyncio.Task[None] | None = None
+        self._assembly = None if settings.queue.by_call else self._assemble()
 
-    def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's name for it
-        """The application, built once per replica."""
-        return create_api(
-            Service(self._jobs, self._health, self._exposition),
-            profile=self._settings.profile,
-            metrics=self._metrics,
-            max_body_bytes=self._settings.max_body_bytes,
+    def _assemble(self) -> Assembly:
+        return Assembly(
+            self._settings,
+            self._worker,
+            exposition=self._exposition,
+            registry=self._registry,
             echo_request_id=False,  # Serve's proxy does, see serve_graph.proxy
-            authenticator=self._authenticator,
-            cors_origins=self._settings.cors_origins,
-            signed_clips=self._signed_clips,
-            clip_retention=self._settings.storage.clip_retention,
-            while_running=self._running,
         )
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:  # Serve's name for it
+        """The application, built once per replica."""
+        if self._assembly is not None:
+            return self._assembly.app()
+
+        async def dormant(scope: Scope, receive: Receive, send: Send) -> None:  # a function: uvicorn knows no methods
+            await self._dormant(scope, receive, send)
+
+        return dormant
+
+    async def _dormant(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            for event in ("startup", "shutdown"):
+                await receive()
+                if event == "shutdown":
+                    await self.drain()
+                await send({"type": f"lifespan.{event}.complete"})
+        elif self._app is None:
+            await PlainTextResponse("the service is not awake yet", 503)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def awaken(self, environment: dict[str, str], storage: StorageSettings, start: str) -> None:
+        """Begin to serve, with these variables in the environment. start: how the graph came up, for the metrics."""
+        renew_process(environment)
+        self._settings = self._settings.model_copy(update={"storage": storage})
+        self._assembly = self._assemble()
+        self._assembly.metrics.container_started(start)
+        self._app = self._assembly.app()
+        self._assembly.jobs.start()
+        self._reporter = Reporter(
+            Instances(self._assembly.store),
+            self._assembly.executor,
+            metrics=self._exposition,
+            generator=self._worker.health,
+            interval_s=self._settings.queue.lease_s / 3,
+        )
+        self._reporting = asyncio.create_task(self._reporter.run())
+
+    async def work_on(self, work_id: str) -> None:
+        """See `JobService.work_on`."""
+        if self._assembly is None:
+            raise ModelNotReady("the service is not awake yet")
+        await self._assembly.jobs.work_on(work_id)
 
     async def _exposition(self) -> bytes:
         own = (self._deployment, self._replica, snapshot(self._registry))
@@ -104,16 +100,12 @@ class Ingress:
 
     async def drain(self) -> None:
         """Refuse new jobs and let the others end, within the configured limit."""
-        self._health.draining = True
-        await self._jobs.drain(self._settings.queue.drain_timeout_s)
-        if self._webhooks is not None:
-            self._webhooks.close()
-
-    @asynccontextmanager
-    async def _running(self) -> AsyncIterator[None]:
-        self._jobs.start()
-        yield
-        await self.drain()
+        if self._assembly is not None:
+            await self._assembly.drain()
+        if self._reporting is not None:
+            self._reporting.cancel()
+            self._reporting = None
+            await self._reporter.report(ended=True)
 
 
 def ingress_options(settings: Settings) -> dict[str, Any]:

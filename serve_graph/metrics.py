@@ -6,12 +6,13 @@ the labels `deployment` and `replica`. Labels are bounded here, whatever callers
 errors are names of the error tree, methods are HTTP's own.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
@@ -121,6 +122,9 @@ _WEBHOOKS = _counter(
 _BATCHES = _counter("wan_batches_total", "Batches that ended.", "outcome")
 _BATCHES_RUNNING = _gauge("wan_batches_running", "Batches that have not ended.")
 _BATCH_JOBS_WAITING = _gauge("wan_batch_jobs_waiting", "Jobs of batches that have not begun.")
+_CONTAINER_STARTS = _counter(
+    "wan_container_starts_total", "Starts of a container's graph: fresh, restored, or rebuilt after a restore.", "start"
+)
 _ENCODE = _histogram("wan_prompt_encode_seconds", _SHORT_S, "Seconds the text encoder took for one batch.")
 _ENCODE_BATCH = _histogram("wan_prompt_encode_batch_size", _BATCH_SIZES, "Texts in one text encoder batch.")
 _CACHE_HITS = _counter("wan_embedding_cache_hits_total", "Texts whose embedding was in the cache.")
@@ -143,7 +147,7 @@ _DEVICE_MEMORY = _gauge("wan_device_memory_used_bytes", "Bytes of the accelerato
 FAMILIES: Final = (
     *(_HTTP_REQUESTS, _HTTP_DURATION, _JOBS, _JOB_DURATION, _JOB_STAGE, _JOB_RETRIES),
     *(_JOBS_WAITING, _JOBS_RUNNING, _QUEUE_CAPACITY, _WEBHOOKS),
-    *(_BATCHES, _BATCHES_RUNNING, _BATCH_JOBS_WAITING),
+    *(_BATCHES, _BATCHES_RUNNING, _BATCH_JOBS_WAITING, _CONTAINER_STARTS),
     *(_ENCODE, _ENCODE_BATCH, _CACHE_HITS, _CACHE_MISSES, _CACHE_BYTES, _PROMPT_TOKENS),
     *(_STEP, _STEP_BATCH, _FORWARDS, _IN_FLIGHT, _WASTED_STEPS),
     *(_UPLOAD_BYTES, _UPLOAD_ERRORS, _MODEL_INFO, _DEVICE_MEMORY),
@@ -190,6 +194,7 @@ class IngressMetrics:
         self._batches = _BATCHES.counter(registry)
         self._batches_running = _BATCHES_RUNNING.gauge(registry)
         self._batch_jobs_waiting = _BATCH_JOBS_WAITING.gauge(registry)
+        self._container_starts = _CONTAINER_STARTS.counter(registry)
         self._routes: set[str] = set()
         self._start_at_zero()
 
@@ -234,6 +239,10 @@ class IngressMetrics:
     def batch_ended(self, *, cancelled: bool) -> None:
         """Record one batch's end."""
         self._batches.labels("cancelled" if cancelled else "completed").inc()
+
+    def container_started(self, start: str) -> None:
+        """Record how a platform's container came up."""
+        self._container_starts.labels(start).inc()
 
     def _route_label(self, route: str | None) -> str:
         if route is None or (route not in self._routes and len(self._routes) >= MAX_ROUTES):
@@ -378,6 +387,19 @@ def merge(snapshots: Iterable[tuple[str, str, Sequence[Metric]]]) -> bytes:
             family = families.setdefault(metric.name, _copy(metric, ()))
             if family.type == metric.type:
                 family.samples += _labelled(metric.samples, deployment, replica)
+    registry = CollectorRegistry()
+    registry.register(_Families([families[name] for name in sorted(families)]))
+    return generate_latest(registry)
+
+
+def merge_instances(pages: Mapping[str, str]) -> bytes:
+    """One exposition from those of several instances, each sample with an `instance` label. As `merge` otherwise."""
+    families: dict[str, Metric] = {}
+    for instance, page in sorted(pages.items()):
+        for metric in text_string_to_metric_families(page):
+            family = families.setdefault(metric.name, _copy(metric, ()))
+            if family.type == metric.type:
+                family.samples += [s._replace(labels={**s.labels, "instance": instance}) for s in metric.samples]
     registry = CollectorRegistry()
     registry.register(_Families([families[name] for name in sorted(families)]))
     return generate_latest(registry)

@@ -20,6 +20,14 @@ def refused_port(host: str, port: int) -> str | None:
     return None
 
 
+def free_port() -> int:
+    """A port on loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 def worker_ports() -> list[int]:
     """The ports beyond loopback of every Serve replica that this user may look at."""
     ports = set[int]()

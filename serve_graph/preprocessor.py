@@ -63,21 +63,15 @@ class Preprocessor:
 
     async def check(self, parameters: GenerationParameters) -> None:
         """Raises PromptTooLong for the text that is."""
-        self._check(parameters)
+        self._encoder.tokens.check(parameters)
 
     async def prepare(self, parameters: GenerationParameters) -> PreparedPrompt:
         """Encode the prompt and, with guidance, the negative prompt. Raises PromptTooLong."""
-        self._metrics.prompt_tokenized(self._check(parameters))
+        self._metrics.prompt_tokenized(self._encoder.tokens.check(parameters))
         texts = [parameters.prompt] + ([parameters.negative_prompt] if parameters.does_guidance else [])
         items = [TextItem(text, parameters.reproducible) for text in texts]
         positive, *negative = await asyncio.gather(*(self._encode_batch(item) for item in items))
         return PreparedPrompt(positive=positive, negative=negative[0] if negative else None)
-
-    def _check(self, parameters: GenerationParameters) -> int:
-        """The prompt's tokens."""
-        if parameters.does_guidance:
-            self._encoder.count_tokens("negative_prompt", parameters.negative_prompt)
-        return self._encoder.count_tokens("prompt", parameters.prompt)
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=BATCH_WAIT_S)
     async def _encode_batch(self, items: list[TextItem]) -> list[TextEmbedding]:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,8 +59,13 @@ class ServeConfig:
     settings: Settings
 
 
-def load_config(path: Path, host: str | None = None, port: int | None = None) -> ServeConfig:
-    """Read a Serve config file. Raises ConfigError, in one line that names what is wrong."""
+def load_config(
+    path: Path, host: str | None = None, port: int | None = None, *, args: dict[str, Any] | None = None
+) -> ServeConfig:
+    """Read a Serve config file. Raises ConfigError, in one line that names what is wrong.
+
+    args: in the place of those that the file has for our application.
+    """
     try:
         raw = yaml.safe_load(path.read_text())
     except FileNotFoundError as error:
@@ -77,7 +82,7 @@ def load_config(path: Path, host: str | None = None, port: int | None = None) ->
     if len(ours) != 1:
         raise ConfigError(f"{path} must list one application with import_path: {IMPORT_PATH}")
     raw["http_options"] = http = _http_options(path, raw, host, port)
-    settings = read_settings(ours[0].get("args") or {}, public_url=_public_url(http))
+    settings = read_settings(args or ours[0].get("args") or {}, public_url=_public_url(http))
     _check_exposure(http["host"], settings)
     webhook_signer()  # here already, so that a secret that is none is a line and not a deployment that fails
     ours[0]["args"] = settings.model_dump(mode="json")
@@ -121,19 +126,19 @@ def serve_forever(config: ServeConfig, *, as_json: bool = False) -> None:
     _check_store(config.settings)
     stopping = threading.Event()
     began = time.monotonic()
-    with _ray_environment(config.settings):
+    with ray_environment(config.settings):
         schema = check_schema(config.serve)
         # twice: Ray puts a handler of its own over ours, which prints a stack
-        with _signals(stopping), _ray(), _signals(stopping):
+        with _signals(stopping), ray_runtime(), _signals(stopping):
             log_event("starting", profile=config.settings.model.profile, storage=config.settings.storage.kind)
             try:
-                _deploy(schema, config.app_name, stopping)
+                deploy(schema, config.app_name, stopping)
                 if not stopping.is_set():
                     _tell_ready(config.settings.require_public_url(), time.monotonic() - began, as_json)
                     stopping.wait()
             finally:
                 log_event("stopping")
-                _stop(config)
+                stop_app(config)
     log_event("stopped")
 
 
@@ -148,7 +153,7 @@ def _tell_ready(base: str, start_s: float, as_json: bool) -> None:
 def check_schema(raw: dict[str, Any]) -> "ServeDeploySchema":
     """The file as Serve reads it. Raises ConfigError, also for a key that Serve would ignore.
 
-    It imports Ray, which reads its environment then: `_ray_environment` comes first.
+    It imports Ray, which reads its environment then: `ray_environment` comes first.
     """
     from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
@@ -214,7 +219,7 @@ def _signals(stopping: threading.Event) -> Iterator[None]:
 
 
 @contextmanager
-def _ray_environment(settings: Settings) -> Iterator[None]:
+def ray_environment(settings: Settings) -> Iterator[None]:
     """What pins Ray to loopback, with token authentication and no usage statistics; Ray reads it when imported."""
     token = _token_file(settings.data_dir)
     os.environ.update(
@@ -237,8 +242,8 @@ def _ray_environment(settings: Settings) -> Iterator[None]:
 
 
 @contextmanager
-def _ray() -> Iterator[None]:
-    """A Ray of our own."""
+def ray_runtime(num_gpus: int | None = None) -> Iterator[None]:
+    """A Ray of our own. num_gpus: what it is told of; by default it looks itself."""
     import ray
     from ray._private.ray_logging import global_worker_stdstream_dispatcher as worker_output
 
@@ -246,6 +251,7 @@ def _ray() -> Iterator[None]:
         address="local",
         namespace="serve",
         include_dashboard=False,
+        num_gpus=num_gpus,
         configure_logging=False,
         log_to_driver=True,
     )
@@ -274,7 +280,7 @@ def _forward_log_lines(batch: dict[str, Any]) -> None:
             print(line, file=sys.stderr, flush=True)
 
 
-def _deploy(schema: "ServeDeploySchema", app_name: str, stopping: threading.Event) -> None:
+def deploy(schema: "ServeDeploySchema", app_name: str, stopping: threading.Event) -> None:
     """Hand the file to Serve and wait until its application runs. Raises StartFailed with its report."""
     from ray import serve
     from ray.serve._private.api import serve_start
@@ -309,8 +315,11 @@ def _report(app: Any) -> str:
     return str((told or lines or ["the application did not start in time"])[-1])
 
 
-def _stop(config: ServeConfig) -> None:
-    """Let running jobs end within the drain limit, then take everything down."""
+def stop_app(config: ServeConfig, run: Callable[[Coroutine[Any, Any, None]], None] = asyncio.run) -> None:
+    """Let running jobs end within the drain limit, then take everything down.
+
+    run: on the event loop where this process has used Serve's handles, if it has.
+    """
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
@@ -321,7 +330,7 @@ def _stop(config: ServeConfig) -> None:
 
     limit_s = config.settings.queue.drain_timeout_s + _STOP_MARGIN_S
     try:
-        asyncio.run(drain())
+        run(drain())
     except (RayError, RayServeException, TimeoutError):
         log_event("not_drained", level=logging.WARNING)
     serve.delete(config.app_name)  # lets requests end; the caller's ray.shutdown() ends the rest

@@ -28,6 +28,15 @@ API_KEY_VARIABLE = "WAN_API_KEY"
 CLIENT_NAMES = frozenset({URL_VARIABLE, API_KEY_VARIABLE})
 """Read by `wan-serve`'s commands that talk to a service; the service itself lets them be."""
 
+DEPLOY_NAMES = frozenset(
+    {
+        *("WAN_GPU", "WAN_SNAPSHOT", "WAN_MODAL_APP", "WAN_MIN_CONTAINERS", "WAN_MAX_CONTAINERS"),
+        *("WAN_BUFFER_CONTAINERS", "WAN_SCALEDOWN_WINDOW", "WAN_TIMEOUT", "WAN_STARTUP_TIMEOUT"),
+        *("WAN_WEB_MIN_CONTAINERS", "WAN_WEIGHTS_DIR", "WAN_OUTPUTS_DIR", "WAN_WITH_WEBHOOKS"),
+    }
+)
+"""Read by `serve_graph.modal_app`, at its deployment and in its containers."""
+
 SECRET_NAMES = frozenset(
     {
         *("WAN_SIGNING_SECRET", "WAN_API_KEYS", "WAN_WEBHOOK_SECRET"),
@@ -62,6 +71,9 @@ class ModelSettings(_Section):
     )
     dtype: Dtype = Field(default="auto", description="Of the transformer; `auto`: bfloat16 on a GPU.")
     vae_dtype: Dtype = Field(default="float32", description="Of the VAE.")
+    load_on_cpu: bool = Field(
+        default=False, description="Load there, move to `device` later: for memory snapshots that hold no GPU's memory."
+    )
     text_device: str = Field(
         default="cpu", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="For the text encoder: `cpu` or `cuda`."
     )
@@ -145,6 +157,9 @@ class QueueSettings(_Section):
         description="A job whose record nobody renewed for so long is taken over from its process.",
     )
     max_run_time_s: float = Field(default=4 * 3600.0, gt=0, description="How long one attempt at a job may run.")
+    by_call: bool = Field(
+        default=False, description="Jobs run only while a platform's calls are open, as in a Modal container."
+    )
     worker_patience_s: float = Field(
         default=600.0, ge=0, description="How long a job waits for a lost generator or preprocessor to be replaced."
     )
@@ -225,6 +240,11 @@ class Settings(BaseSettings):
     )
     cors_origins: tuple[str, ...] = Field(
         default=(), description="Origins whose pages may call the API, such as `https://app.example.com`; `*`: all."
+    )
+    max_wait_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="`POST /generate` answers 202 with the job once it has waited so long; `null`: it waits on.",
     )
     max_body_bytes: int = Field(default=64 * 1024, ge=1_024, description="Larger request bodies get a 413.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
@@ -352,7 +372,7 @@ def read_settings(args: Mapping[str, Any], public_url: str | None = None) -> Set
 def _refuse_unknown_variables() -> None:
     """A section's variable has a second part, which the section itself checks; any other has none."""
     for name in os.environ:
-        if not name.upper().startswith(ENV_PREFIX) or name.upper() in SECRET_NAMES | CLIENT_NAMES:
+        if not name.upper().startswith(ENV_PREFIX) or name.upper() in SECRET_NAMES | CLIENT_NAMES | DEPLOY_NAMES:
             continue
         first, *rest = name.lower().removeprefix(ENV_PREFIX.lower()).split("__")
         field = Settings.model_fields.get(first)

@@ -1,10 +1,13 @@
 """Opens the store that the settings name, with its presigner, in the process that uses it."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from minio.credentials.providers import Provider
 
+from schemas.errors import StoreUnavailable
+from serve_graph.logs import log_event, log_failure
 from serve_graph.settings import ConfigError, Secrets, Settings, StorageSettings
 from storage.local import LocalStore
 from storage.s3 import S3Store
@@ -74,6 +77,21 @@ def prepare_store(settings: Settings) -> tuple[Settings, tuple[str, ...]]:
     )
     ready = storage.model_copy(update={"s3": prepared.options})
     return settings.model_copy(update={"storage": ready}), prepared.warnings
+
+
+def prepared(settings: Settings) -> Settings:
+    """As `prepare_store`, in a process that starts whatever the bucket's state: it may be there for the next request.
+
+    Raises UnfitStore.
+    """
+    try:
+        ready, warnings = prepare_store(settings)
+    except StoreUnavailable as failure:
+        log_failure("store_not_prepared", failure)
+        return settings
+    for warning in warnings:
+        log_event("store_warning", level=logging.WARNING, message=warning)
+    return ready
 
 
 def s3_credentials(secrets: Secrets) -> Provider:

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 
 import torch
 
-from schemas.errors import PromptTooLong
 from schemas.handoff import TextEmbedding, TextItem
 from serve_graph.engine.checkpoint import TextParts
 from serve_graph.metrics import PreprocessorMetrics
-from serve_graph.prompts import clean_prompt
+from serve_graph.token_counting import TokenCounter
 
 _DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -60,17 +59,10 @@ class TextEncoder:
         metrics: PreprocessorMetrics,
     ) -> None:
         self._parts = parts
-        self._max_sequence_length = max_sequence_length
+        self.tokens = TokenCounter(parts.tokenizer, max_sequence_length)
         self._cache = EmbeddingCache(max_cache_bytes)
         self._metrics = metrics
         self._lock = threading.Lock()
-
-    def count_tokens(self, field: str, text: str) -> int:
-        """Tokens of the cleaned text, the end token included. Raises PromptTooLong; nothing is ever cut."""
-        num_tokens = len(self._tokenize(text))
-        if num_tokens > self._max_sequence_length:
-            raise PromptTooLong(field, num_tokens, self._max_sequence_length)
-        return num_tokens
 
     def encode(self, items: Sequence[TextItem]) -> list[TextEmbedding]:
         """Encode texts, those that may share in one forward. Returns one embedding per item, in order."""
@@ -87,14 +79,10 @@ class TextEncoder:
             self._metrics.set_cache_bytes(self._cache.nbytes)
             return [_present(found[item]) for item in items]
 
-    def _tokenize(self, text: str) -> list[int]:
-        ids: list[int] = self._parts.tokenizer(clean_prompt(text), add_special_tokens=True).input_ids
-        return ids
-
     @torch.inference_mode()
     def _forward(self, items: Sequence[TextItem]) -> list[TextEmbedding]:
         began = time.monotonic()
-        rows = [self._tokenize(item.text) for item in items]
+        rows = [self.tokens.tokenize(item.text) for item in items]
         lengths = [len(row) for row in rows]
         ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)
         mask = torch.zeros_like(ids)

@@ -99,6 +99,7 @@ class JobChanges(TypedDict, total=False):
     suspect: bool
     lease: Lease | None
     cancel_requested: bool
+    call_id: str
     result: RenderedClip | None
     error: Problem | None
     webhook: WebhookDelivery | None

@@ -25,6 +25,8 @@ from storage.store import InvalidKey
 
 MAX_KEY_CHARS: Final = 512
 MAX_SEGMENT_CHARS: Final = 255
+
+INSTANCES: Final = "instances/"
 """NAME_MAX of the usual file systems; S3 has no such bound."""
 
 _SEGMENT = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"
@@ -32,6 +34,7 @@ _KEY: Final = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT})*")
 _JOB_ID: Final = re.compile(rf"job_{ID_PATTERN}")
 _CLIP: Final = re.compile(rf"clips/(clip_{ID_PATTERN})/([A-Za-z0-9_-]{{1,64}})\.mp4")
 _OUTPUT: Final = re.compile(rf"clips/(clip_{ID_PATTERN})/([A-Za-z0-9_-]{{1,64}}\.(?:mp4|jpg))")
+_INSTANCE: Final = re.compile(r"[0-9a-f]{16}")
 _BATCH_ID: Final = re.compile(BATCH_ID_PATTERN)
 _ENTRY: Final = re.compile(rf"[0-9a-f]{{11}}-(?:job_{ID_PATTERN}|{BATCH_ID_PATTERN})")
 _ITEM_RECORD: Final = re.compile(r"jobs/job_[0-9a-f]{32}-([0-9]{5})\.json")
@@ -193,6 +196,13 @@ def principal_of_key(key: str) -> str:
 def _principal_segment(principal: str) -> str:
     """An API key's name (a-z 0-9 . _ -) as a segment, which begins with no dot and holds no two."""
     return principal.replace(".", "D")
+
+
+def instance_key(instance: str) -> str:
+    """What a process says of itself. Raises InvalidKey for an id that is not 16 hex digits."""
+    if not _INSTANCE.fullmatch(instance):
+        raise InvalidKey("no instance has this id")
+    return f"{INSTANCES}{instance}.json"
 
 
 def batch_manifest_key(batch_id: str) -> str:

@@ -25,6 +25,7 @@ from schemas.model_profile import ModelProfile
 from schemas.official_profiles import WAN_TINY
 from schemas.requests import GenerationParameters
 from serve_graph.jobs import JobService, Patiences, QueueLimits
+from serve_graph.jobs.platform import Platform
 from serve_graph.metrics import IngressMetrics, new_registry
 from serve_graph.webhooks.policy import WebhookPolicy
 from serve_graph.webhooks.sender import WebhookSender
@@ -221,6 +222,8 @@ def open_jobs(
     run_s: float = 600.0,
     kept_s: float | None = None,
     upkeep_s: float = 300.0,
+    by_call: bool = False,
+    platform: Platform | None = None,
 ) -> Iterator[Jobs]:
     """A job service over the real store and records; only the worker is scripted."""
     clock = Clock()
@@ -234,7 +237,7 @@ def open_jobs(
             worker=worker,
             records=records,
             presigner=presigner,
-            limits=QueueLimits(max_waiting_jobs, max_dispatched_jobs, max_clip_pixels),
+            limits=QueueLimits(max_waiting_jobs, max_dispatched_jobs, max_clip_pixels, by_call=by_call),
             patiences=Patiences(worker_patience_s, store_patience_s, lease_s, stall_s, run_s, kept_s, upkeep_s),
             default_url_ttl=timedelta(seconds=600),
             hash_secret=b"h" * 32,
@@ -243,6 +246,7 @@ def open_jobs(
             clip_retention=clip_retention,
             webhook_policy=WebhookPolicy(allow_http=True, allow_private_addresses=True),
             webhook_sender=None if webhooks is None else webhooks(metrics),
+            platform=platform,
         )
         yield Jobs(service, worker, store, records, presigner, registry, metrics, executor, clock)
 

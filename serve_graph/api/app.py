@@ -11,6 +11,7 @@ from fastapi_offline import FastAPIOffline
 
 from schemas.batches import MAX_BATCH_BYTES
 from schemas.model_profile import ModelProfile
+from serve_graph import __version__
 from serve_graph.api.auth import Authenticator
 from serve_graph.api.batch_routes import BATCHES, batch_routes
 from serve_graph.api.clip_files import SignedClips, clip_file_routes
@@ -37,12 +38,13 @@ def create_api(
     cors_origins: Sequence[str] = (),
     signed_clips: SignedClips | None = None,
     clip_retention: timedelta | None = None,
+    max_wait_s: float | None = None,
     while_running: Callable[[], AbstractAsyncContextManager[None]] | None = None,
 ) -> FastAPI:
     """The application.
 
     signed_clips: where this service answers the store's presigned URLs itself. clip_retention: how long clips are
-    kept; None: for ever.
+    kept; None: for ever. max_wait_s: how long `POST /generate` waits at most before it answers with the job.
     """
 
     @asynccontextmanager
@@ -56,7 +58,7 @@ def create_api(
     app: FastAPI = FastAPIOffline(
         title="wan-serve",
         description=DESCRIPTION,
-        version="0.1.0",
+        version=__version__,
         redoc_url=None,
         lifespan=lifespan,
         redirect_slashes=False,
@@ -65,7 +67,7 @@ def create_api(
     authenticator = authenticator or Authenticator(None, protect_monitoring=False)
     all_routes = [*app.routes]  # the documentation's; an included router hides its own
     routers = [
-        routes(service, profile, authenticator),
+        routes(service, profile, authenticator, max_wait_s),
         job_routes(service.jobs, authenticator),
         batch_routes(service.jobs, service.health, profile, authenticator),
         openai_routes(service.jobs, service.health, profile, authenticator, clip_retention),
@@ -90,7 +92,10 @@ def create_api(
             CORSMiddleware,
             allow_origins=list(cors_origins),
             allow_methods=["GET", "HEAD", "POST", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", "Prefer", "Range", REQUEST_ID_HEADER],
+            allow_headers=[
+                *("Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", "Prefer", "Range"),
+                REQUEST_ID_HEADER,
+            ],
             expose_headers=[
                 *(REQUEST_ID_HEADER, "Location", "Preference-Applied", "Retry-After", "WWW-Authenticate"),
                 *("Accept-Ranges", "Content-Range", "Content-Disposition", "ETag", POLL_AFTER),

@@ -85,7 +85,7 @@ def batch_routes(
         after: Annotated[str | None, Query(description="`next_cursor` of the page before.")] = None,
     ) -> BatchPage:
         """This API key's batches, newest first."""
-        return await jobs.batches.batches(context_of(request.scope).principal, limit=limit, after=after)
+        return await jobs.batches.reading.batches(context_of(request.scope).principal, limit=limit, after=after)
 
     @router.get(
         "/batches/{batch_id}",
@@ -98,7 +98,7 @@ def batch_routes(
     )
     async def get_batch(request: Request, response: Response, batch_id: BatchId) -> Batch:
         """How many of a batch's jobs are in which state, and how long it may take."""
-        batch = await jobs.batches.batch(batch_id, context_of(request.scope).principal)
+        batch = await jobs.batches.reading.batch(batch_id, context_of(request.scope).principal)
         if batch.state != "ended":
             response.headers["Retry-After"] = str(_retry_after_s(batch))
         return batch
@@ -114,7 +114,7 @@ def batch_routes(
     )
     async def get_results(request: Request, batch_id: BatchId) -> Response:
         """Every job's state, with a fresh URL of its clip or its problem; those that have not ended are among them."""
-        results = jobs.batches.results(batch_id, context_of(request.scope).principal)
+        results = jobs.batches.reading.results(batch_id, context_of(request.scope).principal)
         first = await anext(results)  # so that an unknown batch is a 404 and no stream
         return StreamingResponse(_lines(first, results), media_type=NDJSON, headers={"Cache-Control": "no-store"})
 

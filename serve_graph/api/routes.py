@@ -32,10 +32,13 @@ class Service:
     metrics: Callable[[], Awaitable[bytes]]
 
 
-def routes(service: Service, profile: ModelProfile, authenticator: Authenticator) -> APIRouter:
+def routes(
+    service: Service, profile: ModelProfile, authenticator: Authenticator, max_wait_s: float | None = None
+) -> APIRouter:
     """All routes but those of the local store's signed URLs.
 
     authenticator: tells the document which routes ask for a key; `RequestMiddleware` asks.
+    max_wait_s: how long `POST /generate` waits at most.
     """
     router = APIRouter()
 
@@ -50,7 +53,7 @@ def routes(service: Service, profile: ModelProfile, authenticator: Authenticator
         responses={
             202: {
                 "model": Job,
-                "description": "With `Prefer: respond-async`, or when `Prefer: wait=N` ran out: the job.",
+                "description": "With `Prefer: respond-async`, or when the time to wait ran out: the job.",
                 "headers": {"Location": header("The job."), "Preference-Applied": header("What was honoured.")},
             },
             **problems(*KEY_PROBLEMS, 409, 410, 413, 422, 500, 503, 504, 507),
@@ -70,11 +73,14 @@ def routes(service: Service, profile: ModelProfile, authenticator: Authenticator
         context.job_id = record.job_id
         context.prompt_hash = record.prompt_hash
         context.parameters = record.parameters
-        clip = await wait_for_clip(service.jobs, request, record.job_id, preference.wait_s)
+        wait_s = _shorter(preference.wait_s, max_wait_s)
+        clip = await wait_for_clip(service.jobs, request, record.job_id, wait_s)
         if clip is not None:
             return clip
         job = await service.jobs.job(record.job_id, context.principal)
-        headers = {"Location": f"/jobs/{record.job_id}", "Preference-Applied": preference.applied or ""}
+        headers = {"Location": f"/jobs/{record.job_id}"}
+        if preference.applied is not None:
+            headers["Preference-Applied"] = preference.applied
         return JSONResponse(job.model_dump(mode="json"), status_code=202, headers=headers)
 
     @router.get(
@@ -168,6 +174,11 @@ def _examples(profile: ModelProfile) -> dict[str, Any]:
             }
         },
     }
+
+
+def _shorter(wait_s: float | None, max_wait_s: float | None) -> float | None:
+    waits = [seconds for seconds in (wait_s, max_wait_s) if seconds is not None]
+    return min(waits) if waits else None
 
 
 async def wait_for_clip(

@@ -1,7 +1,7 @@
 """Loading a checkpoint in diffusers' layout, part by part, so that each deployment holds only what it runs."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,13 @@ def load_text_parts(folder: Path, device: torch.device, dtype: str) -> TextParts
         text_encoder=text_encoder.to(device).eval().requires_grad_(False),
         device=device,
     )
+
+
+def moved(parts: GeneratorParts, device: torch.device) -> GeneratorParts:
+    """The same parts on another device."""
+    parts.transformer.to(device)
+    parts.vae.to(device)
+    return replace(parts, device=device)
 
 
 def pick_device(name: str, setting: str) -> torch.device:

@@ -50,7 +50,7 @@ def check_layout(folder: Path) -> None:
 def _download(hub_id: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(hub_id, revision=revision))
-    except OSError as error:  # every hub and network error of huggingface_hub derives from it
+    except Exception as error:  # the hub's client has errors of its own, of its HTTP library and of the system
         raise ModelNotReady(
             f"{hub_id} could not be fetched from the hub: download it elsewhere and set model.path to its folder"
         ) from error

@@ -9,10 +9,14 @@ from serve_graph.jobs.live import LiveJob
 
 
 class Census:
-    """submitting: by principal, those that are checked and not yet recorded; the job service counts them itself."""
+    """submitting: by principal, those that are checked and not yet recorded; the job service counts them itself.
+
+    elsewhere: those that others run, where this process runs none; as of the last look at the store.
+    """
 
     def __init__(self) -> None:
         self.submitting: Counter[str] = Counter()
+        self.elsewhere: Counter[str] = Counter()
         self._waiting: Counter[str] = Counter()
         self._running: set[str] = set()
         self._num_waiting = 0
@@ -48,11 +52,11 @@ class Census:
     @property
     def waiting(self) -> int:
         """All others."""
-        return self._num_waiting + self.submitting.total()
+        return self._num_waiting + self.submitting.total() + self.elsewhere.total()
 
     def waiting_of(self, principal: str) -> int:
         """One principal's jobs that wait."""
-        return self.submitting[principal] + self._waiting[principal]
+        return self.submitting[principal] + self._waiting[principal] + self.elsewhere[principal]
 
     def _count_waiting(self, live: LiveJob, change: int) -> None:
         if live.record.batch_id is None:

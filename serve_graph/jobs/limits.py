@@ -13,6 +13,7 @@ class QueueLimits:
 
     policy, max_stretch: see `serve_graph.scheduling`.
     max_batches: unfinished ones of one principal; beyond it, QuotaExceeded.
+    by_call: jobs are under way only while calls of a platform are open, see `turns.py`.
     max_clip_pixels: width x height x frames of one clip that fit into the device's memory; None: all that is legal.
     """
 
@@ -22,6 +23,7 @@ class QueueLimits:
     policy: Policy = "srpt"
     max_stretch: float = 1.35
     max_batches: int = 64
+    by_call: bool = False
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,10 @@ class Line:
     def __iter__(self) -> Iterator[LiveJob]:
         return iter(list(self._waiting.values()))
 
+    @property
+    def num_under_way(self) -> int:
+        return len(self._under_way)
+
     def __contains__(self, job_id: object) -> bool:
         return job_id in self._waiting
 

@@ -124,7 +124,7 @@ class Reading:
         try:
             record, etag = await self._recorder.io(self._records.get, job_id)
         except JobNotFound:
-            return await self._running.batches.unbegun(job_id, principal), None
+            return await self._running.batches.reading.unbegun(job_id, principal), None
         except Deleted as deleted:
             owned_tombstone(deleted.tombstone, principal)
             raise JobGone from deleted

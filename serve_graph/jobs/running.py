@@ -29,14 +29,17 @@ from schemas.jobs import (
 from schemas.webhooks import WebhookDelivery
 from serve_graph.jobs.attempts import Attempts
 from serve_graph.jobs.batches import Batches
+from serve_graph.jobs.calling import Caller
 from serve_graph.jobs.census import Census
 from serve_graph.jobs.janitor import Janitor
 from serve_graph.jobs.limits import Patiences, QueueLimits
 from serve_graph.jobs.line import Line, Scheduling
 from serve_graph.jobs.live import LiveJob
 from serve_graph.jobs.outbox import Outbox
+from serve_graph.jobs.platform import Platform
 from serve_graph.jobs.recording import Lost, Recorder
 from serve_graph.jobs.takeover import Sweeper
+from serve_graph.jobs.turns import Turns
 from serve_graph.jobs.worker import Worker
 from serve_graph.logs import log_event, log_failure, log_job
 from serve_graph.metrics import IngressMetrics
@@ -53,7 +56,8 @@ LINE_LOOKS = 64
 class Running:
     """All of it belongs to one event loop.
 
-    make_batches: makes the batches of this process, which need this object.
+    make_batches: makes the batches of this process, which need this object. platform: runs all jobs; this process
+    begins none then.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class Running:
         *,
         model: str,
         make_batches: Callable[["Running"], Batches],
+        platform: Platform | None = None,
     ) -> None:
         self._recorder = recorder
         self._records = recorder.records
@@ -78,6 +83,8 @@ class Running:
         self._live: dict[str, LiveJob] = {}
         self.line = Line(Scheduling(limits.max_dispatched_jobs, limits.policy, limits.max_stretch))
         self.census = Census()
+        self.caller = None if platform is None else Caller(platform, recorder, self.census)
+        self.turns = Turns(lambda: self.line.num_under_way, self.dispatch) if limits.by_call else None
         self.creating: set[asyncio.Task[None]] = set()
         self._filing: set[asyncio.Task[None]] = set()
         self._tending: list[asyncio.Task[None]] = []
@@ -94,6 +101,10 @@ class Running:
         """Renew the leases of this process's jobs, and see to those that nobody works on, until `drain`."""
         for tending in (self._renewing(), self._looking_at_line(), self._sweeper.run(), self._janitor.run()):
             self._tending.append(asyncio.create_task(tending, context=contextvars.Context()))
+
+    async def tidy(self) -> None:
+        """One round of the janitor's. Raises StoreUnavailable."""
+        await self._janitor.tidy()
 
     def queue(self) -> QueueHealth:
         """How full the service is."""
@@ -128,6 +139,10 @@ class Running:
                 task.cancel()
         await asyncio.gather(*self._tending, *self._filing, return_exceptions=True)
 
+    async def looked(self) -> None:
+        """Wait until this process knows what waits in the store. It has been started."""
+        await self._sweeper.looked.wait()
+
     def is_live(self, job_id: str) -> bool:
         """Whether this process has the job in hand."""
         return job_id in self._live
@@ -138,7 +153,9 @@ class Running:
 
     def adopt(self, record: JobRecord, etag: str) -> None:
         """Put a queued job in line that another process, or an earlier one, has recorded."""
-        if not self.draining and record.job_id not in self._live:
+        if self.caller is not None:
+            self.spawn(self.caller.see(record, etag))
+        elif not self.draining and record.job_id not in self._live:
             live = LiveJob(record, etag, began=time.monotonic())
             self._enqueue(live)
             if self.batches.took(record):  # and it was cancelled
@@ -171,12 +188,15 @@ class Running:
             log_failure("filing_failed", failure, job_id=record.job_id)
 
     async def create(self, record: JobRecord) -> None:
-        """Write a new record and put its job in line."""
+        """Write a new record and put its job in line, here or by a call."""
         try:
             etag = await self._recorder.io(self._records.create, record)
         finally:
             self.census.submitting[record.principal] -= 1
-        if record.job_id not in self._live:  # a sweep may have found it first
+        if self.caller is not None:
+            self.census.elsewhere[record.principal] += 1
+            await self.caller.begin(record, etag)
+        elif record.job_id not in self._live:  # a sweep may have found it first
             self._enqueue(LiveJob(record, etag, began=time.monotonic()))
 
     def _enqueue(self, live: LiveJob) -> None:
@@ -188,7 +208,7 @@ class Running:
 
     def dispatch(self) -> None:
         """Let the next jobs go, as many as may be under way at once."""
-        while True:
+        while self.caller is None and (self.turns is None or self.turns.free):
             for head in [] if self.draining else self.batches.heads(self.line):
                 self._live[head.job_id] = head
                 self.census.came(head)
@@ -250,6 +270,8 @@ class Running:
         """This process has the job no longer in hand."""
         del self._live[live.job_id]
         self.line.leave(live)
+        if self.turns is not None:
+            self.turns.job_went()
         self.census.went(live)
         self.batches.went(live)
         if live.expiry is not None:

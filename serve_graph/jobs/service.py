@@ -10,12 +10,12 @@ import asyncio
 import contextvars
 import hashlib
 import hmac
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from concurrent.futures import Executor
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from secrets import token_hex
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from schemas.batches import Batch
 from schemas.clips import Clip
@@ -30,6 +30,7 @@ from schemas.errors import (
     JobNotFound,
     RecordedFailure,
     ShuttingDown,
+    WanError,
 )
 from schemas.health import LastError, QueueHealth
 from schemas.jobs import (
@@ -37,6 +38,7 @@ from schemas.jobs import (
     JobPage,
     JobRecord,
     JobState,
+    is_batch_id,
     job_id_from,
     job_id_of,
     new_job_id,
@@ -50,12 +52,13 @@ from serve_graph.jobs.batches import Batches
 from serve_graph.jobs.limits import Patiences, QueueLimits
 from serve_graph.jobs.live import LiveJob
 from serve_graph.jobs.outbox import Outbox
+from serve_graph.jobs.platform import Platform
 from serve_graph.jobs.reading import Reading
 from serve_graph.jobs.recording import Recorder
 from serve_graph.jobs.running import STOPPED, Running
 from serve_graph.jobs.views import Views, owned
 from serve_graph.jobs.worker import Worker
-from serve_graph.logs import log_event
+from serve_graph.logs import log_event, log_failure
 from serve_graph.metrics import IngressMetrics
 from serve_graph.prompts import prompt_hash
 from serve_graph.thumbnails import ensure_thumbnail
@@ -72,7 +75,10 @@ MAX_PAGE = 100
 
 
 class JobService:
-    """Serves one ingress replica. All methods belong to one event loop."""
+    """Serves one ingress replica. All methods belong to one event loop.
+
+    platform: runs the jobs, each in a process whose `work_on` it calls; this one records and reads them only.
+    """
 
     def __init__(
         self,
@@ -90,6 +96,7 @@ class JobService:
         clip_retention: timedelta | None = None,
         webhook_policy: WebhookPolicy | None = None,
         webhook_sender: WebhookSender | None = None,
+        platform: Platform | None = None,
     ) -> None:
         self._profile = profile
         self._worker = worker
@@ -118,7 +125,15 @@ class JobService:
             )
 
         self._running = Running(
-            self._recorder, worker, outbox, metrics, limits, patiences, model=profile.name, make_batches=make_batches
+            self._recorder,
+            worker,
+            outbox,
+            metrics,
+            limits,
+            patiences,
+            model=profile.name,
+            make_batches=make_batches,
+            platform=platform,
         )
         self.batches = self._running.batches
         self._reading = Reading(self._running, self._recorder)
@@ -134,6 +149,10 @@ class JobService:
     def start(self) -> None:
         """Renew the leases of this process's jobs, and see to those that nobody works on, until `drain`."""
         self._running.start()
+
+    async def tidy(self) -> None:
+        """Delete what has expired and some of what is garbage, once. Raises StoreUnavailable."""
+        await self._running.tidy()
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new jobs, let those under way end, and hand back to the store what has not after `timeout_s`."""
@@ -171,6 +190,8 @@ class JobService:
             if known is not None:
                 return known
         parameters, fits = self._admission.check(request)
+        if self._running.caller is not None:
+            await self._running.caller.count()
         self._admission.admit(principal)
         self._running.census.submitting[principal.name] += 1  # until `Running.create` has it in line
         try:
@@ -229,6 +250,12 @@ class JobService:
 
     async def wait(self, job_id: str, principal: Principal = NOBODY) -> Clip:
         """Wait for a job to end, whoever runs it. Raises the problem it ended with; ShuttingDown at a stop."""
+        if self._running.turns is None:
+            return await self._wait(job_id, principal)
+        async with self._running.turns.taken():  # the request is open as long as that, as a call is
+            return await self._wait(job_id, principal)
+
+    async def _wait(self, job_id: str, principal: Principal) -> Clip:
         live = self._running.live(job_id)
         if live is not None:
             owned(live.record, principal)
@@ -273,7 +300,9 @@ class JobService:
             after = entry_of(await self._reading.record_or_tombstone(after_job, principal))
         states = tuple(JobState) if state is None else (state,)
         if batch_id is not None:
-            items, cursor = await self.batches.page(batch_id, principal, states=states, limit=limit, after=after)
+            items, cursor = await self.batches.reading.page(
+                batch_id, principal, states=states, limit=limit, after=after
+            )
             return JobPage(jobs=tuple(map(self._view, items)), next_cursor=cursor)
         _check_cursor(after)
         found: list[JobRecord] = []
@@ -368,11 +397,46 @@ class JobService:
                 raise
         return signed
 
+    async def work_on(self, work_id: str) -> None:
+        """A platform's call: work on whatever is next in line, until this job or batch has ended, here or elsewhere.
+
+        Raises StoreUnavailable; ShuttingDown at a stop, and the work is there for another call then.
+        """
+        if self._running.turns is None:
+            raise RuntimeError("this service begins jobs by itself")
+        await _unless(self._running.drained, self._running.looked())
+        async with self._running.turns.taken():
+            if is_batch_id(work_id):
+                await _unless(self._running.drained, self.batches.work_on(work_id))
+            else:
+                await self._work_on_job(work_id)
+        if self._running.draining:
+            raise ShuttingDown(STOPPED)
+
+    async def _work_on_job(self, job_id: str) -> None:
+        try:
+            record, etag = await self._recorder.io(self._records.get, job_id)
+            if record.state is JobState.QUEUED:
+                self._running.adopt(record, etag)
+            await _last(self._reading.changes(job_id, Principal(record.principal)))
+        except (JobNotFound, Deleted, JobGone):
+            return
+
     def abandon(self, job_id: str) -> None:
-        """Cancel a job of this process whose client has gone, unless somebody else waits or may come back."""
+        """Cancel a job whose client has gone, unless somebody else waits here or may come back."""
         live = self._running.live(job_id)
         if live is not None and not live.record.idempotent and live.waiters == 0:
             self._running.spawn(self._running.cancel_here(live))
+        elif live is None and self._running.caller is not None:
+            self._running.spawn(self._abandon_elsewhere(job_id))
+
+    async def _abandon_elsewhere(self, job_id: str) -> None:
+        try:
+            record, _ = await self._recorder.io(self._records.get, job_id)
+            if not record.idempotent:
+                await self._cancel_elsewhere(job_id, Principal(record.principal))
+        except (WanError, Deleted) as failure:  # it runs to its end
+            log_failure("abandon_failed", failure, job_id=job_id)
 
     def _id_for(self, principal: Principal, idempotency_key: str) -> str:
         named = f"job\0{principal.name}\0{idempotency_key}".encode()
@@ -432,6 +496,19 @@ class JobService:
         position = place.position - 1 if place is not None and live.job_id in self._running.line else None
         seconds_left = place.seconds_left if place is not None and self._running.line.is_calibrated else None
         return self._views.job(record, progress=live.progress, position=position, seconds_left=seconds_left)
+
+
+async def _unless(stopped: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
+    """Do some work, unless this process stops first."""
+    working, stopping = asyncio.create_task(work), asyncio.create_task(stopped.wait())
+    try:
+        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+    finally:
+        working.cancel()
+        stopping.cancel()
+        await asyncio.gather(working, stopping, return_exceptions=True)
 
 
 async def _last(changes: AsyncGenerator[T, None]) -> T | None:

@@ -72,6 +72,7 @@ class Sweeper:
     """Looks at the active index again and again.
 
     model: jobs of other models are left to services that have these. monotonic: the clock, in seconds.
+    looked: set once `run` has looked at everything, or has tried to.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Sweeper:
         self._batches = batches
         self._watched: dict[str, _Watched] = {}
         self._swept = False
+        self.looked = asyncio.Event()
 
     async def run(self) -> None:
         """Sweep until cancelled."""
@@ -104,6 +106,7 @@ class Sweeper:
                 self._watched.clear()  # owners could not renew either: begin to watch anew
             except Exception as failure:  # the boundary: one bad sweep must not be the last one
                 log_failure("sweep_failed", failure)
+            self.looked.set()
             slept = self._monotonic()
             await asyncio.sleep(self._patiences.renewal_s)
             if self._monotonic() - slept > self._patiences.lease_s:

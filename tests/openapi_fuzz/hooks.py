@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from functools import cache
 from itertools import count, cycle
 from typing import Any
@@ -28,9 +29,9 @@ _conditions = cycle(CONDITIONS)
 
 def new_clip() -> dict[str, Any]:
     """A clip as `POST /generate` answered it."""
-    answer = httpx.post(
-        f"{os.environ[BASE_URL]}/generate", json={"prompt": "a red circle"}, timeout=60, trust_env=False
-    )
+    url = f"{os.environ[BASE_URL]}/generate"
+    while (answer := httpx.post(url, json={"prompt": "a red circle"}, timeout=60, trust_env=False)).status_code == 429:
+        time.sleep(int(answer.headers["retry-after"]))  # what was generated before still runs
     clip: dict[str, Any] = answer.raise_for_status().json()
     return clip
 

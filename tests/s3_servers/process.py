@@ -51,7 +51,7 @@ class Daemon:
         self._log = log
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                [*_dies_with_parent(), *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env
+                [*dies_with_parent(), *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env
             )
 
     def wait_until(self, ready: Callable[[], bool], timeout_s: float = START_TIMEOUT_S) -> None:
@@ -84,6 +84,7 @@ class Daemon:
         return self._log.read_text(errors="replace")[-2000:]
 
 
-def _dies_with_parent() -> list[str]:
+def dies_with_parent() -> list[str]:
+    """What to put in front of a command so that the process ends with the thread that started it."""
     setpriv = shutil.which("setpriv")
     return [] if setpriv is None else [setpriv, "--pdeathsig", "KILL", "--"]

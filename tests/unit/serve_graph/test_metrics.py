@@ -57,6 +57,7 @@ def ingress_snapshot() -> list[Metric]:
     metrics.job_ended(JobState.SUCCEEDED, 328.5, timings=TIMINGS)
     metrics.job_ended(JobState.FAILED, 3.0, error=OutOfMemory.name)
     metrics.set_queue(waiting=2, running=1, capacity=32)
+    metrics.container_started("fresh")
     return snapshot(registry)
 
 

@@ -148,21 +148,21 @@ def test_encode_does_nothing_when_there_is_nothing(encoder: TextEncoder) -> None
 
 
 def test_count_tokens_counts_the_end_token_of_the_cleaned_text(encoder: TextEncoder) -> None:
-    assert encoder.count_tokens("prompt", "  a red \n circle ") == 3 + 1
-    assert encoder.count_tokens("prompt", "a &amp;amp; b") == encoder.count_tokens("prompt", "a & b")
-    assert encoder.count_tokens("prompt", "") == 1
+    assert encoder.tokens.count("prompt", "  a red \n circle ") == 3 + 1
+    assert encoder.tokens.count("prompt", "a &amp;amp; b") == encoder.tokens.count("prompt", "a & b")
+    assert encoder.tokens.count("prompt", "") == 1
 
 
 def test_count_tokens_takes_a_text_of_exactly_the_limit(encoder: TextEncoder, stock_pipeline: WanPipeline) -> None:
     text = "cat " * (MAX_LENGTH - 1)
 
-    assert encoder.count_tokens("prompt", text) == MAX_LENGTH
+    assert encoder.tokens.count("prompt", text) == MAX_LENGTH
     assert_equals_stock(encoder.encode([solo(text)])[0], stock_embedding(stock_pipeline, text))
 
 
 def test_count_tokens_refuses_one_more_with_both_numbers(encoder: TextEncoder) -> None:
     with pytest.raises(PromptTooLong) as refusal:
-        encoder.count_tokens("negative_prompt", "cat " * MAX_LENGTH)
+        encoder.tokens.count("negative_prompt", "cat " * MAX_LENGTH)
 
     assert str(MAX_LENGTH + 1) in refusal.value.detail
     assert str(MAX_LENGTH) in refusal.value.detail.replace(str(MAX_LENGTH + 1), "")
@@ -175,7 +175,7 @@ def test_a_text_that_surely_fits_is_never_too_long(text_encoder: TextEncoder, te
     assume(cleaned.isascii())
 
     assert surely_fits(cleaned, len(cleaned) + 2)
-    assert text_encoder.count_tokens("prompt", text) <= len(cleaned) + 2
+    assert text_encoder.tokens.count("prompt", text) <= len(cleaned) + 2
 
 
 @given(st.text(alphabet=st.characters(blacklist_categories=["Cs"]), max_size=40))
@@ -185,7 +185,7 @@ def test_count_tokens_counts_what_the_stock_pipeline_would_take(
     for prompt in (text, html.escape(text)):
         stock = stock_embedding(stock_pipeline, prompt)
 
-        assert text_encoder.count_tokens("prompt", prompt) == int((stock != 0).any(dim=2).sum())
+        assert text_encoder.tokens.count("prompt", prompt) == int((stock != 0).any(dim=2).sum())
 
 
 # The cache

@@ -95,13 +95,13 @@ class Served:
         """The batch, once it has ended."""
         async with asyncio.timeout(PATIENCE_S):
             while True:
-                batch = await self.service.batches.batch(batch_id, principal)
+                batch = await self.service.batches.reading.batch(batch_id, principal)
                 if batch.state == "ended":
                     return batch
                 await asyncio.sleep(0.02)
 
     async def results(self, batch_id: str, principal: Principal = NOBODY) -> list[BatchResult]:
-        return [result async for result in self.service.batches.results(batch_id, principal)]
+        return [result async for result in self.service.batches.reading.results(batch_id, principal)]
 
     def drop(self) -> None:
         """As if the process were killed: nothing is written any more."""

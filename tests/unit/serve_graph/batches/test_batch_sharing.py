@@ -194,7 +194,7 @@ async def test_batches_of_10000_are_accepted_without_holding_up_the_loop(
         )
         assert min(held_up) < 0.3  # not the worst one: where the machine is busy, any process stands still for long
         assert held < 4 * 2**20
-        for listed in (await opened.service.batches.batches(NOBODY, limit=3, after=None)).batches:
+        for listed in (await opened.service.batches.reading.batches(NOBODY, limit=3, after=None)).batches:
             await opened.service.batches.cancel(listed.batch_id, NOBODY)
         await opened.service.drain(5.0)
 

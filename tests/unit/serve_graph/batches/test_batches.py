@@ -165,17 +165,17 @@ async def test_another_principal_sees_nothing(batches: Served) -> None:
     batch = await submit(batches, prompts(9), ALICE)
     service = batches.service
     for call in (
-        service.batches.batch(batch.batch_id, BOB),
+        service.batches.reading.batch(batch.batch_id, BOB),
         service.batches.cancel(batch.batch_id, BOB),
-        anext(service.batches.results(batch.batch_id, BOB)),
+        anext(service.batches.reading.results(batch.batch_id, BOB)),
         service.jobs(BOB, batch_id=batch.batch_id),
     ):
         with pytest.raises(BatchNotFound):
             await call
     with pytest.raises(JobNotFound):
         await service.job(item_id(batch.batch_id, 8), BOB)
-    assert (await service.batches.batches(BOB, limit=10, after=None)).batches == ()
-    assert len((await service.batches.batches(ALICE, limit=10, after=None)).batches) == 1
+    assert (await service.batches.reading.batches(BOB, limit=10, after=None)).batches == ()
+    assert len((await service.batches.reading.batches(ALICE, limit=10, after=None)).batches) == 1
 
 
 async def test_batches_are_listed_newest_first_in_pages(batches: Served) -> None:
@@ -185,14 +185,14 @@ async def test_batches_are_listed_newest_first_in_pages(batches: Served) -> None
         await asyncio.sleep(0.002)
     found, after = [], None
     while True:
-        page = await batches.service.batches.batches(NOBODY, limit=2, after=after)
+        page = await batches.service.batches.reading.batches(NOBODY, limit=2, after=after)
         found += [batch.batch_id for batch in page.batches]
         after = page.next_cursor
         if after is None:
             break
     assert found == made[::-1]
     with pytest.raises(InvalidRequest):
-        await batches.service.batches.batches(NOBODY, limit=2, after="../x")
+        await batches.service.batches.reading.batches(NOBODY, limit=2, after="../x")
 
 
 async def test_jobs_of_a_batch_are_paged_in_the_order_of_submission(batches: Served) -> None:
@@ -230,7 +230,7 @@ async def test_a_running_batch_is_looked_at_without_reading_its_jobs(batches: Se
     batch = await submit(batches, prompts(1_000))
     await batches.worker.gates["running"].reached()
     batches.store.calls.clear()
-    counts = (await batches.service.batches.batch(batch.batch_id, NOBODY)).counts
+    counts = (await batches.service.batches.reading.batch(batch.batch_id, NOBODY)).counts
     assert counts.queued + counts.running == 1_000
     assert batches.store.calls["get jobs"] == 0
     await batches.service.batches.cancel(batch.batch_id, NOBODY)
@@ -240,7 +240,7 @@ async def test_results_that_nobody_reads_on_are_not_read_from_the_store(batches:
     batch = await submit(batches, prompts(200))
     await batches.ended(batch.batch_id)
     batches.store.calls.clear()
-    results = batches.service.batches.results(batch.batch_id, NOBODY)
+    results = batches.service.batches.reading.results(batch.batch_id, NOBODY)
     await anext(results)
     await results.aclose()
     assert batches.store.calls["get jobs"] <= 17
@@ -253,12 +253,12 @@ async def test_a_deleted_batch_is_gone_with_all_of_its_jobs(batches: Served) -> 
     assert batches.keys("jobs/") + batches.keys("clips/") + batches.keys("batch-index/") == []
     assert batches.keys("batches/") == [f"batches/{batch.batch_id}/manifest.jsonl"]
     with pytest.raises(BatchGone):
-        await batches.service.batches.batch(batch.batch_id, NOBODY)
+        await batches.service.batches.reading.batch(batch.batch_id, NOBODY)
     with pytest.raises(JobGone):
         await batches.service.job(item_id(batch.batch_id, 1))
     with pytest.raises(BatchGone):
         await submit(batches, prompts(3), idempotency_key="k")
-    assert (await batches.service.batches.batches(NOBODY, limit=10, after=None)).batches == ()
+    assert (await batches.service.batches.reading.batches(NOBODY, limit=10, after=None)).batches == ()
 
 
 async def test_a_clip_of_a_batch_has_urls(batches: Served) -> None:

@@ -1,0 +1,63 @@
+"""Measures cold starts: from a call, with no container up, to the answer of one that has the model."""
+
+import statistics
+import time
+from typing import Any, Final
+
+from serve_graph.on_modal.commands import OUT, write_record
+from serve_graph.on_modal.options import ModalOptions
+
+POLL_S: Final = 1.0
+SCALE_DOWN_S: Final = 2
+MAX_WAIT_S: Final = 900
+
+
+def measure(generate: Any, started: Any, count: int, options: ModalOptions) -> None:
+    """generate, started: methods of the deployed generator. Its autoscaler is put back as it was."""
+    seconds, awake, failures, starts = [], [], 0, []
+    generate.update_autoscaler(scaledown_window=SCALE_DOWN_S, min_containers=0, buffer_containers=0)
+    try:
+        for number in range(count):
+            _wait_until_none(generate)
+            began = time.monotonic()
+            try:
+                container = started.remote()
+            except Exception as failure:
+                failures += 1
+                print(f"{number + 1}/{count}: {type(failure).__name__}: {failure}", flush=True)
+                continue
+            seconds.append(time.monotonic() - began)
+            awake.append(container["awake_s"])
+            starts.append(container["start"])
+            print(f"{number + 1}/{count}: {seconds[-1]:.2f} s, {container['start']}, {container['gpu']}", flush=True)
+    finally:
+        generate.update_autoscaler(
+            scaledown_window=options.scaledown_window,
+            min_containers=options.min_containers,
+            buffer_containers=options.buffer_containers,
+        )
+    write_record(OUT, "coldstart", "Cold starts", summary(seconds, awake, failures, starts, options))
+
+
+def summary(
+    seconds: list[float], awake: list[float], failures: int, starts: list[str], options: ModalOptions
+) -> dict[str, Any]:
+    """p50 and p95 of the call to its answer, and the median of the part after the restore."""
+    return {
+        "gpu": options.gpu,
+        "snapshot": options.snapshot,
+        "count": len(seconds) + failures,
+        "failures": failures,
+        "rebuilt": starts.count("rebuilt"),
+        "p50_s": round(statistics.median(seconds), 2) if seconds else None,
+        "p95_s": round(statistics.quantiles(seconds, n=20)[-1], 2) if len(seconds) > 1 else None,
+        "awake_p50_s": round(statistics.median(awake), 2) if awake else None,
+    }
+
+
+def _wait_until_none(generate: Any) -> None:
+    deadline = time.monotonic() + MAX_WAIT_S
+    while generate.get_current_stats().num_total_runners:
+        if time.monotonic() > deadline:
+            raise TimeoutError("a container stays up: is somebody using the service?")
+        time.sleep(POLL_S)

@@ -1,0 +1,288 @@
+"""The deployed service on a Modal on loopback: Modal's real container entry points, a real Ray graph, a real bucket.
+
+Containers stand side by side on this machine, so the Volumes are folders and the GPU is none.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import httpx
+import modal
+import pytest
+from modal_loopback import Container, Loopback
+from modal_loopback.calls import Call
+from prometheus_client.parser import text_string_to_metric_families
+from s3_servers.ministack import BUCKETS
+from s3_servers.process import S3Server
+
+from schemas.jobs import Job, JobState
+from schemas.requests import GenerateRequest
+from serve_graph.api_keys import new_key
+from serve_graph.client.wan_client import WanClient
+
+ROOT = Path(__file__).parents[2]
+START_S = 180.0
+LEASE_S = 3.0
+PROMPT = "a red circle moving left"
+LONG = {"num_frames": 81, "num_inference_steps": 100, "resolution": "128p"}
+
+pytestmark = pytest.mark.timeout(240)
+Tell = Callable[[str, str], None]
+
+
+@dataclass(frozen=True)
+class Service:
+    """A deployed service: its Modal, its front's URL, and a key for it."""
+
+    modal: Loopback
+    url: str
+    key: str
+
+    def client(self) -> WanClient:
+        return WanClient(self.url, api_key=self.key, patience_s=START_S)
+
+    def http(self, url: str | None = None) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {self.key}"}
+        return httpx.Client(base_url=url or self.url, headers=headers, timeout=START_S, trust_env=False)
+
+    def generators(self) -> list[Container]:
+        return self.modal.containers("wan-serve", "Generator")
+
+    def calls(self) -> list[Call]:
+        """Those that were made for jobs and batches."""
+        return [c for c in self.modal.calls if c.function.name == "Generator" and not c.is_web]
+
+    def graph_url(self) -> str:
+        """Of a container's own ingress."""
+        return self.modal.web_url("wan-serve", "Generator", "graph")
+
+    def metric(self, name: str, **labels: str) -> float:
+        """A sum over all instances, from the front's page."""
+        with self.http() as http:
+            page = http.get("/metrics").text
+        samples = [s for family in text_string_to_metric_families(page) for s in family.samples]
+        return sum(s.value for s in samples if s.name == name and labels.items() <= s.labels.items())
+
+
+@pytest.fixture(scope="module")
+def service(ministack: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("modal")
+    key, line = new_key("alice")
+    secrets = {
+        "wan-s3": {
+            "WAN_STORAGE__S3__ENDPOINT": ministack.endpoint,
+            "WAN_STORAGE__S3__BUCKET": f"{BUCKETS}modal",
+            "WAN_S3_ACCESS_KEY": ministack.access_key,
+            "WAN_S3_SECRET_KEY": ministack.secret_key,
+        },
+        "wan-signing": {"WAN_SIGNING_SECRET": "s" * 64},
+        "wan-api-keys": {"WAN_API_KEYS": line},
+    }
+    env = {
+        "WAN_MODEL__PROFILE": "wan-tiny",
+        "WAN_DATA_DIR": str(folder / "data"),
+        "WAN_WEIGHTS_DIR": str(folder / "weights"),
+        "WAN_OUTPUTS_DIR": str(folder / "outputs"),
+        "WAN_QUEUE__LEASE_S": str(LEASE_S),
+        "WAN_QUEUE__DRAIN_TIMEOUT_S": "1",
+    }
+    with Loopback(secrets=secrets) as modal:
+        done = modal.cli("deploy", "-m", "serve_graph.modal_app", env=env, cwd=ROOT)
+        assert done.exit_code == 0, done.output
+        yield Service(modal, modal.web_url("wan-serve", "web"), key)
+        modal.abandon("wan-serve")
+        print("".join(text for _, text in modal.app("wan-serve").log))  # shown where a test has failed
+
+
+@pytest.fixture
+def warm(service: Service) -> Service:
+    """The service with a generator that is up."""
+    if not service.generators():
+        service.modal.start("wan-serve", "Generator").wait("ready", START_S)
+    return service
+
+
+def running(client: WanClient, **fields: object) -> Job:
+    """A job that denoises just now."""
+    job = client.submit(GenerateRequest.model_validate({"prompt": "a long one", **LONG, **fields}))
+    deadline = time.monotonic() + START_S
+    while client.job(job.job_id).state is not JobState.RUNNING:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return job
+
+
+def test_what_needs_no_model_wakes_no_gpu(service: Service) -> None:
+    with service.http() as http:
+        health = http.get("/health")
+        answers = [http.get(path) for path in ("/health/ready", "/models", "/jobs", "/metrics", "/v1/videos")]
+
+    assert (health.status_code, health.json()["model"]["loaded"]) == (200, False)
+    assert {answer.status_code for answer in answers} == {200}
+    assert service.generators() == []
+
+
+def test_a_clip_from_zero_containers(service: Service) -> None:
+    with service.client() as client:
+        clip = client.generate(GenerateRequest(prompt=PROMPT))
+        health = client.health()
+
+    assert httpx.get(clip.output_url).content[4:8] == b"ftyp"
+    assert (health.model.loaded, health.model.profile) == (True, "wan-tiny")
+    assert len(service.calls()) == len(service.generators()) == 1
+
+
+def test_generate_waits_as_long_as_the_front_may_and_then_answers_with_the_job(warm: Service) -> None:
+    with warm.http() as http:
+        answer = http.post("/generate", json={"prompt": PROMPT, **LONG}, headers={"Prefer": "wait=0"})
+        assert answer.status_code == 202
+        assert http.get(answer.headers["location"]).json()["job_id"] == answer.json()["job_id"]
+
+
+def test_a_job_that_runs_is_cancelled_from_the_front(warm: Service) -> None:
+    with warm.client() as client:
+        job = running(client)
+        ended = client.cancel(job.job_id)
+        if not ended.state.is_terminal:
+            ended = client.wait(job.job_id)
+
+    assert ended.state is JobState.CANCELLED
+
+
+def test_a_batch_ends_with_all_of_its_clips(warm: Service) -> None:
+    with warm.client() as client:
+        batch = client.submit_batch([GenerateRequest(prompt=PROMPT, seed=number) for number in range(6)])
+        while (seen := client.batch(batch.batch_id)).state != "ended":
+            time.sleep(0.2)
+        results = list(client.batch_results(batch.batch_id))
+
+    assert seen.counts.succeeded == 6
+    assert [result.clip is not None and result.clip.seed for result in results] == list(range(6))
+
+
+def test_health_and_polls_answer_beside_four_renders_and_four_waiting_callers(warm: Service, tell: Tell) -> None:
+    """Nothing deadlocks with one container at most: who waits does so at the front."""
+    with ThreadPoolExecutor(8) as pool, warm.http() as http, warm.client() as client:
+        sent = [pool.submit(client.generate, GenerateRequest(prompt=PROMPT, seed=seed, **LONG)) for seed in range(8)]
+        while http.get("/jobs", params={"state": "running"}).json()["jobs"] == []:
+            time.sleep(0.1)
+        some = http.get("/jobs").json()["jobs"][0]["job_id"]
+        seconds: dict[str, list[float]] = {"/health": [], f"/jobs/{some}": []}
+        while not all(clip.done() for clip in sent):
+            for path, taken in seconds.items():
+                began = time.perf_counter()
+                assert http.get(path).status_code == 200
+                taken.append(time.perf_counter() - began)
+        clips = [clip.result() for clip in sent]
+
+    assert sorted(clip.seed for clip in clips) == list(range(8))
+    assert len(warm.generators()) == 1
+    for path, taken in seconds.items():
+        p95 = statistics.quantiles(taken, n=20)[-1]
+        name = path.split("/")[1]
+        tell(
+            "modal",
+            f"/{name} beside 4 renders and 4 waiting callers: p95 {1000 * p95:.0f} ms of {len(taken)} (goal 250)",
+        )
+
+
+def test_a_container_s_own_page_and_the_front_s_tell_the_same(warm: Service) -> None:
+    with warm.client() as client, warm.http(warm.graph_url()) as own:
+        client.generate(GenerateRequest(prompt=PROMPT))
+        clip = own.post("/generate", json={"prompt": PROMPT})
+        page = own.get("/metrics").text
+        assert own.get("/health").json()["model"]["loaded"]
+
+    assert clip.status_code == 200
+    rendered = [
+        sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+        if sample.name == "wan_jobs_total" and sample.labels["outcome"] == "succeeded"
+    ]
+    deadline = time.monotonic() + 30
+    while warm.metric("wan_jobs_total", outcome="succeeded") < sum(rendered):  # it comes with the next report
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_thaws_answer_soon(warm: Service, tell: Tell) -> None:
+    (container,) = warm.generators()
+    seconds = []
+    with warm.http(warm.graph_url()) as own:
+        for _ in range(10):
+            container.freeze()
+            began = time.perf_counter()
+            container.thaw()
+            while own.get("/health/ready").status_code != 200:
+                time.sleep(0.01)
+            seconds.append(time.perf_counter() - began)
+
+    tell("modal", f"thaw to the first healthy answer: median {statistics.median(seconds):.2f} s of 10 (goal 1)")
+
+
+def test_a_container_killed_in_the_middle_of_a_render_loses_nothing(warm: Service) -> None:
+    with warm.client() as client:
+        job = running(client)
+        for container in warm.generators():
+            container.kill()
+        ended = client.wait(job.job_id)
+
+    assert (ended.state, ended.attempts) == (JobState.SUCCEEDED, 2)
+
+
+def test_a_container_that_stops_hands_its_jobs_back_and_another_ends_them(warm: Service) -> None:
+    with warm.client() as client:
+        job = running(client)
+        (container,) = warm.generators()
+        container.preempt()
+        ended = client.wait(job.job_id)
+
+    assert ended.state is JobState.SUCCEEDED
+
+
+def test_a_restored_container_works_three_days_later_with_fresh_secrets(service: Service) -> None:
+    service.modal.abandon("wan-serve")
+    bob, line = new_key("bob")
+    asleep = service.modal.start("wan-serve", "Generator", asleep=timedelta(days=3)).wait("frozen", START_S)
+    asleep.thaw(env={"WAN_API_KEYS": line})
+
+    with service.client() as client:
+        clip = client.generate(GenerateRequest(prompt=PROMPT))
+    assert httpx.get(clip.output_url).content[4:8] == b"ftyp"
+    with service.http(service.graph_url()) as own:
+        assert own.get("/jobs").status_code == 401
+        assert own.get("/jobs", headers={"Authorization": f"Bearer {bob}"}).status_code == 200
+    assert service.generators() == [asleep]
+    assert '"start": "restored"' in asleep.log
+
+
+def test_the_sweeper_calls_again_for_a_job_whose_call_is_lost(warm: Service) -> None:
+    with warm.client() as client:
+        busy = [running(client) for _ in range(4)]
+        waiting = client.submit(GenerateRequest(prompt=PROMPT))
+        lost = modal.FunctionCall.from_id(warm.calls()[-1].call_id, client=warm.modal.client)
+        lost.cancel()
+        for job in busy:
+            client.cancel(job.job_id)
+        sweep = modal.Function.from_name("wan-serve", "sweep", client=warm.modal.client)
+        sweep.spawn()
+        assert client.wait(waiting.job_id).state is JobState.SUCCEEDED
+
+
+def test_smoke_of_the_real_cli_says_what_works(warm: Service) -> None:
+    done = warm.modal.cli(
+        *("run", "-m", "serve_graph.modal_app::smoke", "--url", warm.url),
+        env={"WAN_API_KEY": warm.key},
+        cwd=ROOT,
+        timeout_s=120,
+    )
+
+    assert done.exit_code == 0, done.output
+    lines = [line.split(":")[0].split() for line in done.output.splitlines() if line.startswith("ok ")]
+    assert lines == [["ok", "health"], ["ok", "generate"], ["ok", "fetch"], ["ok", "expiry"]]

@@ -1,0 +1,100 @@
+"""What is written down of cold starts and of the 480p clip."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from schemas.clips import Clip, Timings
+from serve_graph.on_modal.coldstart import measure, summary
+from serve_graph.on_modal.commands import record_of, write_record
+from serve_graph.on_modal.options import ModalOptions
+
+CLIP = Clip(
+    clip_id="clip_" + "0" * 32,
+    job_id="job_" + "0" * 32,
+    request_id="r",
+    output_url="https://bucket.example/clip.mp4",
+    expires_at=datetime(2026, 11, 25, tzinfo=UTC),
+    model="wan2.1-t2v-1.3b",
+    prompt="an otter",
+    negative_prompt="",
+    width=832,
+    height=480,
+    num_frames=81,
+    fps=16,
+    duration=5.0,
+    seed=1,
+    num_inference_steps=50,
+    guidance_scale=5.0,
+    flow_shift=3.0,
+    reproducible=False,
+    size_bytes=1,
+    sha256="0" * 64,
+    timings=Timings(total=500.0, denoise=468.0, decode=20.0),
+)
+
+
+def test_a_clip_of_480p_is_compared_with_the_card_s_floor(tmp_path: Path) -> None:
+    record = record_of(CLIP, "NVIDIA L4")
+    write_record(tmp_path, "record_480p", "480p", record)
+
+    assert (record["floor_s"], record["floor_fraction"]) == (234.0, 0.5)
+    assert json.loads((tmp_path / "record_480p.json").read_text()) == record
+    assert "| floor_fraction | 0.5 |" in (tmp_path / "record_480p.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpu"),
+    [({"num_inference_steps": 30}, "NVIDIA L4"), ({"model": "wan-tiny"}, "NVIDIA L4"), ({}, "NVIDIA T4"), ({}, None)],
+)
+def test_other_work_and_other_cards_have_no_floor(changes: dict[str, Any], gpu: str | None) -> None:
+    record = record_of(CLIP.model_copy(update=changes), gpu)
+
+    assert (record["floor_s"], record["floor_fraction"]) == (None, None)
+
+
+class Generator:
+    """A deployed generator whose containers end at the second look, and whose second start fails."""
+
+    def __init__(self) -> None:
+        self.autoscaler: list[dict[str, int]] = []
+        self.looks = 0
+        self.starts = 0
+
+    def update_autoscaler(self, **settings: int) -> None:
+        self.autoscaler.append(settings)
+
+    def get_current_stats(self) -> Any:
+        self.looks += 1
+        return type("Stats", (), {"num_total_runners": self.looks % 2})
+
+    def remote(self) -> dict[str, Any]:
+        self.starts += 1
+        if self.starts == 2:
+            raise RuntimeError("the restore has crashed")
+        return {"container": f"c{self.starts}", "start": "restored", "awake_s": 0.5, "gpu": "NVIDIA L4"}
+
+
+def test_cold_starts_are_counted_failures_too_and_the_autoscaler_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator = Generator()
+    monkeypatch.setattr("serve_graph.on_modal.coldstart.OUT", tmp_path)
+    monkeypatch.setattr("serve_graph.on_modal.coldstart.POLL_S", 0)
+
+    measure(generator, generator, 3, ModalOptions())
+
+    record = json.loads((tmp_path / "coldstart.json").read_text())
+    assert (record["count"], record["failures"], record["rebuilt"], record["awake_p50_s"]) == (3, 1, 0, 0.5)
+    assert generator.autoscaler[-1] == {"scaledown_window": 120, "min_containers": 0, "buffer_containers": 0}
+    assert "2/3: RuntimeError: the restore has crashed" in capsys.readouterr().out
+
+
+def test_percentiles_of_cold_starts() -> None:
+    found = summary([float(n) for n in range(1, 21)], [0.5], 0, ["rebuilt"], ModalOptions())
+
+    assert (found["p50_s"], found["rebuilt"]) == (10.5, 1)
+    assert 19 <= found["p95_s"] <= 21
