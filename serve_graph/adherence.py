@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import av
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from schemas.batches import BatchResult
 from schemas.requests import GenerateRequest
 from serve_graph.client import WanClient
-from serve_graph.mp4_frames import read_frames
 from serve_graph.tiny_wan.captions import held_out_caption, training_caption
 from serve_graph.tiny_wan.measure import NONE, Reading, measure
 from serve_graph.tiny_wan.world import COLOURS, HELD_OUT, MOTIONS, SHAPES, SIZES, SPEEDS, Scene, held_out_scene
@@ -172,6 +170,10 @@ def _reading(client: WanClient, result: BatchResult, folder: Path) -> Reading | 
     if result.clip is None:
         return None
     path = client.download(result.clip, folder / f"{result.index:04}.mp4")
+    import av  # not before it is needed: every command of `wan-serve` imports this module
+
+    from serve_graph.mp4_frames import read_frames
+
     try:
         return measure(read_frames(path))
     except av.FFmpegError:
