@@ -41,6 +41,7 @@ from schemas.errors import (
     JobGone,
     JobNotFound,
     QuotaExceeded,
+    StoreUnavailable,
     WanError,
 )
 from schemas.jobs import (
@@ -88,6 +89,8 @@ class Jobs(Protocol):
     """What batches need of the job service."""
 
     def live(self, job_id: str) -> LiveJob | None: ...
+
+    def in_hand(self, job_id: str) -> LiveJob | None: ...
 
     def dispatch(self) -> None: ...
 
@@ -202,6 +205,11 @@ class Batches:
         if running is None:
             return await self._view(await self._head(batch_id, principal))
         _owned(running.head.principal, principal)
+        if running.shared:
+            with suppress(StoreUnavailable):  # what this process knows has to do then
+                running.all_ended((await self._look(batch_id)).done)
+                if running.is_over:  # another process has written its end, or a sweep of this one will
+                    return await self._view(running.head)
         return self._running_view(running)
 
     async def batches(self, principal: Principal, *, limit: int, after: str | None) -> BatchPage:
@@ -757,7 +765,7 @@ class Batches:
     async def _item(self, head: BatchManifest, index: int, seen: _Seen) -> JobRecord | None:
         """A job's record, or what the manifest says of it; None once it was deleted."""
         job_id = item_id(head.batch_id, index)
-        live = self._jobs.live(job_id)
+        live = self._jobs.in_hand(job_id)
         if live is not None and not live.lost:
             return live.record
         if self._has_record(head.batch_id, index, seen):
