@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
+from prometheus_client import Metric
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
@@ -19,7 +20,7 @@ from serve_graph.logs import configure_logging
 from serve_graph.metrics import IngressMetrics, merge, new_registry, snapshot
 from serve_graph.niceness import step_back
 from serve_graph.ray_worker import RayWorker
-from serve_graph.settings import Settings, accepted_keys, webhook_signer
+from serve_graph.settings import Settings, accepted_keys, check_cluster, webhook_signer
 from serve_graph.stores import open_signed_store
 from serve_graph.webhooks.sender import WebhookSender
 from storage.job_records import JobRecords
@@ -35,12 +36,14 @@ class Ingress:
         self, settings: Settings, preprocessor: DeploymentHandle[Any], generator: DeploymentHandle[Any]
     ) -> None:
         step_back()
+        check_cluster(settings)  # this machine's environment need not be that of the one where the graph was built
         context = serve.get_replica_context()
         self._deployment, self._replica = context.deployment, context.replica_id.unique_id
         configure_logging(level=settings.log_level, deployment=self._deployment, replica=self._replica)
         self._settings = settings
         self._authenticator = Authenticator(accepted_keys(settings), protect_monitoring=settings.protect_monitoring)
-        self._worker = RayWorker(preprocessor, generator)
+        others = serve.get_deployment_handle(self._deployment, context.app_name)
+        self._worker = RayWorker(preprocessor, generator, others)
         self._registry = new_registry()
         self._metrics = IngressMetrics(self._registry)
         executor = ThreadPoolExecutor(max_workers=STORE_THREADS, thread_name_prefix="wan-store")
@@ -98,9 +101,15 @@ class Ingress:
             while_running=self._running,
         )
 
+    async def metrics_snapshot(self) -> tuple[str, str, list[Metric]]:
+        """This replica's metrics: (deployment, replica, families)."""
+        return self._deployment, self._replica, snapshot(self._registry)
+
     async def _exposition(self) -> bytes:
-        own = (self._deployment, self._replica, snapshot(self._registry))
-        return merge([own, *await self._worker.snapshots()])
+        """Whichever replica is scraped tells of all; its own part never waits for the others."""
+        own = await self.metrics_snapshot()
+        others = [part for part in await self._worker.snapshots() if part[:2] != own[:2]]
+        return merge([own, *others])
 
     async def drain(self) -> None:
         """Refuse new jobs and let the others end, within the configured limit."""
