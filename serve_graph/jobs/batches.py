@@ -256,7 +256,8 @@ class Batches:
         if after is not None and not _PLACE.fullmatch(after):
             raise _no_cursor()
         head = await self._head(batch_id, principal)
-        seen = await self._look(batch_id)
+        # A list begins with what there is now: its client may just have seen the batch's end.
+        seen = await self._look(batch_id, SEEN_FOR_S if after is not None else 0.0)
         places = range(0 if after is None else int(after) + 1, head.total)
         possible = iter([index for index in places if self._may_be_in(states, batch_id, index, seen)])
         found: list[tuple[int, JobRecord]] = []
@@ -275,7 +276,7 @@ class Batches:
         Raises BatchNotFound, BatchGone, StoreUnavailable.
         """
         head = await self._head(batch_id, principal)
-        seen = await self._look(batch_id)
+        seen = await self._look(batch_id, 0.0)
         ahead: list[asyncio.Task[BatchResult]] = []
         try:
             for index in range(head.total):
@@ -703,10 +704,10 @@ class Batches:
         _owned(head.principal, principal)
         return head
 
-    async def _look(self, batch_id: str) -> _Seen:
+    async def _look(self, batch_id: str, max_age_s: float = SEEN_FOR_S) -> _Seen:
         """What the store's lists say, or have said a moment ago."""
         seen = self._seen.get(batch_id)
-        if seen is None or time.monotonic() - seen.at > SEEN_FOR_S:
+        if seen is None or time.monotonic() - seen.at >= max_age_s:
             io, records = self._recorder.io, self._records
             cancel, done, begun = await asyncio.gather(
                 io(records.cancelled, batch_id), io(records.done, batch_id), io(records.begun, batch_id)

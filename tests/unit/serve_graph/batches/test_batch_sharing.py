@@ -86,6 +86,21 @@ async def test_a_batch_that_another_process_ended_has_ended_here_too(tmp_path: P
             await one.service.drain(5.0)
 
 
+async def test_results_are_whole_once_another_process_s_end_was_seen(tmp_path: Path) -> None:
+    """What was listed for an answer just before the end served for its results, where the last jobs were `queued`."""
+    with served(tmp_path) as first, served(tmp_path) as looking_on:
+        first.worker.gates["running"].close()
+        batch = await submit(first, prompts(6))
+        await first.worker.gates["running"].reached()
+        assert (await looking_on.service.batches.batch(batch.batch_id, NOBODY)).state == "running"
+        first.worker.gates["running"].open()
+        await looking_on.ended(batch.batch_id)
+        assert [result.state for result in await looking_on.results(batch.batch_id)] == [JobState.SUCCEEDED] * 6
+        page = await looking_on.service.jobs(batch_id=batch.batch_id, state=JobState.SUCCEEDED)
+        assert len(page.jobs) == 6
+        await first.service.drain(5.0)
+
+
 async def test_a_cancel_reaches_the_other_process(tmp_path: Path) -> None:
     with served(tmp_path) as first, served(tmp_path) as second:
         for one in (first, second):
