@@ -8,7 +8,7 @@ from ray.serve import Application
 from serve_graph.generator import Generator, generator_options
 from serve_graph.ingress import Ingress, ingress_options
 from serve_graph.preprocessor import Preprocessor, preprocessor_options
-from serve_graph.settings import read_settings
+from serve_graph.settings import check_cluster, read_settings
 from serve_graph.stores import prepare_store
 
 
@@ -19,6 +19,7 @@ def build_app(args: dict[str, Any]) -> Application:
     """
     settings = read_settings(args)
     settings.require_public_url()
+    check_cluster(settings)
     if not settings.queue.by_call:  # else its deployments open the store when they are woken
         settings, _ = prepare_store(settings)  # `wan-serve serve` has shown the warnings; a cluster's start is its own
     preprocessor = serve.deployment(**preprocessor_options(settings))(Preprocessor).bind(settings)

@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+from prometheus_client import Metric
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.responses import PlainTextResponse
@@ -16,7 +17,7 @@ from serve_graph.metrics import merge, new_registry, snapshot
 from serve_graph.niceness import step_back
 from serve_graph.ray_worker import RayWorker
 from serve_graph.renewal import renew_process
-from serve_graph.settings import Settings, StorageSettings
+from serve_graph.settings import Settings, StorageSettings, check_cluster
 
 
 @serve.ingress()
@@ -30,10 +31,12 @@ class Ingress:
         self, settings: Settings, preprocessor: DeploymentHandle[Any], generator: DeploymentHandle[Any]
     ) -> None:
         step_back()
+        check_cluster(settings)  # this machine's environment need not be that of the one where the graph was built
         context = serve.get_replica_context()
         self._deployment, self._replica = context.deployment, context.replica_id.unique_id
         configure_logging(level=settings.log_level, deployment=self._deployment, replica=self._replica)
-        self._worker = RayWorker(preprocessor, generator)
+        others = serve.get_deployment_handle(self._deployment, context.app_name)
+        self._worker = RayWorker(preprocessor, generator, others)
         self._registry = new_registry()
         self._settings = settings
         self._app: ASGIApp | None = None
@@ -94,9 +97,15 @@ class Ingress:
             raise ModelNotReady("the service is not awake yet")
         await self._assembly.jobs.work_on(work_id)
 
+    async def metrics_snapshot(self) -> tuple[str, str, list[Metric]]:
+        """This replica's metrics: (deployment, replica, families)."""
+        return self._deployment, self._replica, snapshot(self._registry)
+
     async def _exposition(self) -> bytes:
-        own = (self._deployment, self._replica, snapshot(self._registry))
-        return merge([own, *await self._worker.snapshots()])
+        """Whichever replica is scraped tells of all; its own part never waits for the others."""
+        own = await self.metrics_snapshot()
+        others = [part for part in await self._worker.snapshots() if part[:2] != own[:2]]
+        return merge([own, *others])
 
     async def drain(self) -> None:
         """Refuse new jobs and let the others end, within the configured limit."""

@@ -1,4 +1,4 @@
-"""The preprocessor and the generator behind their Serve handles, as the job service and the monitor see them.
+"""The graph's deployments behind their Serve handles, as the job service, the monitor and a scrape see them.
 
 Errors of our tree cross a handle as they are; what Ray itself raises becomes one of ours here.
 """
@@ -28,11 +28,20 @@ Snapshots = list[tuple[str, str, list[Metric]]]
 
 
 class RayWorker:
-    """Implements `serve_graph.jobs.Worker` and `serve_graph.health.GeneratorProbe` over two handles."""
+    """Implements `serve_graph.jobs.Worker` and `serve_graph.health.GeneratorProbe` over two handles.
 
-    def __init__(self, preprocessor: DeploymentHandle[Any], generator: DeploymentHandle[Any]) -> None:
+    ingress: the caller's own deployment, whose replicas are part of a scrape.
+    """
+
+    def __init__(
+        self,
+        preprocessor: DeploymentHandle[Any],
+        generator: DeploymentHandle[Any],
+        ingress: DeploymentHandle[Any] | None = None,
+    ) -> None:
         self._preprocessor = preprocessor
         self._generator = generator
+        self._scraped = [handle for handle in (ingress, preprocessor, generator) if handle is not None]
 
     async def check(self, parameters: GenerationParameters) -> None:
         """Count both texts' tokens. Raises PromptTooLong."""
@@ -73,7 +82,7 @@ class RayWorker:
         So is a whole deployment, when it has no replica or one that doesn't answer in time: Serve's broadcast
         has one time limit for all of its replicas and hands out nothing when it passes.
         """
-        found = await asyncio.gather(*map(_snapshots_of, (self._preprocessor, self._generator)))
+        found = await asyncio.gather(*map(_snapshots_of, self._scraped))
         return [part for replicas in found for part in replicas]
 
 

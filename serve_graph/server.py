@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -27,7 +27,7 @@ from serve_graph.logs import configure_logging, log_event
 from serve_graph.niceness import RAY_WORKER_NICENESS
 from serve_graph.open_ports import refused_port
 from serve_graph.proxy import CALLBACK
-from serve_graph.settings import ConfigError, Settings, accepted_keys, read_settings, webhook_signer
+from serve_graph.settings import ConfigError, Settings, accepted_keys, check_cluster, read_settings, webhook_signer
 from serve_graph.stores import prepare_store
 from storage.s3_probe import UnfitStore
 
@@ -39,6 +39,21 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost"})
 EVERY_ADDRESS = frozenset({"0.0.0.0", "::"})  # noqa: S104  # asks for API keys
 START_TIMEOUT_S = 1_800.0
 """A 14B checkpoint from a cold disk takes minutes; a failed start ends sooner, by its own report."""
+
+RAY_ENVIRONMENT: Final = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": CALLBACK,
+    "RAY_worker_niceness": str(RAY_WORKER_NICENESS),  # added to the starting process's own
+    # A node is lost after five checks; until then Serve sends it calls, which wait. By default every 3 s.
+    "RAY_health_check_period_ms": "1000",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a dead proxy is replaced after three checks; by default every 10 s
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # a hung one would else get the drain's time to end what it can't
+    # Our replicas never block their event loop, so they need no second one; two threads fewer fight for the GIL.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
+"""What Ray and Serve read when they start, on one machine as on each of a cluster (the Dockerfile sets it there)."""
 
 _POLL_S = 0.1
 _STOP_MARGIN_S = 15.0
@@ -83,6 +98,7 @@ def load_config(
         raise ConfigError(f"{path} must list one application with import_path: {IMPORT_PATH}")
     raw["http_options"] = http = _http_options(path, raw, host, port)
     settings = read_settings(args or ours[0].get("args") or {}, public_url=_public_url(http))
+    check_cluster(settings)
     _check_exposure(http["host"], settings)
     webhook_signer()  # here already, so that a secret that is none is a line and not a deployment that fails
     ours[0]["args"] = settings.model_dump(mode="json")
@@ -223,17 +239,9 @@ def ray_environment(settings: Settings) -> Iterator[None]:
     """What pins Ray to loopback, with token authentication and no usage statistics; Ray reads it when imported."""
     token = _token_file(settings.data_dir)
     os.environ.update(
+        RAY_ENVIRONMENT,
         RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # everything on 127.0.0.1, whatever the machine's address
-        RAY_USAGE_STATS_ENABLED="0",
-        RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN_PATH=str(token),
-        RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=CALLBACK,
-        RAY_worker_niceness=str(RAY_WORKER_NICENESS),  # added to this process's own
-        RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S="1",  # a dead proxy is replaced after three checks; by default every 10 s
-        RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS="1",  # a hung one would else get the drain's time to end what it can't
-        # Our replicas never block their event loop, so they need no second one; two threads fewer fight for the GIL.
-        RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD="0",
-        RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP="0",
     )
     try:
         yield

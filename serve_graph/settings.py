@@ -235,6 +235,10 @@ class Settings(BaseSettings):
     auth: Literal["keys", "none"] = Field(
         default="keys", description="`none`: anyone who reaches the service may use it, on any address."
     )
+    cluster: bool = Field(
+        default=False,
+        description="Several machines serve this: needs a bucket, `WAN_SIGNING_SECRET`, and API keys or `auth: none`.",
+    )
     protect_monitoring: bool = Field(
         default=False, description="With API keys: `/health` and `/metrics` need one too (not `/health/live|ready`)."
     )
@@ -278,6 +282,12 @@ class Settings(BaseSettings):
                 "url_ttl_s is longer than storage.clip_retention_days or job_retention_days, "
                 "and a URL never outlives its clip"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _cluster_shares_its_store(self) -> "Settings":
+        if self.cluster and self.storage.kind != "s3":
+            raise ValueError("cluster is true, so storage.kind must be s3: a local folder is one machine's")
         return self
 
     @property
@@ -331,6 +341,19 @@ def accepted_keys(settings: Settings) -> ApiKeys | None:
     if settings.auth == "none" and keys:
         raise ConfigError("auth is none, but WAN_API_KEYS holds keys: take one of the two away")
     return keys or None
+
+
+def check_cluster(settings: Settings) -> None:
+    """What every machine of a cluster needs in its environment, or they would disagree. Raises ConfigError.
+
+    A job's id under an Idempotency-Key is made with the secret, so with two secrets one key would make two jobs.
+    """
+    if not settings.cluster:
+        return
+    if Secrets().signing_secret is None:
+        raise ConfigError("cluster is true, so WAN_SIGNING_SECRET must be set, to the same on every machine")
+    if accepted_keys(settings) is None and settings.auth != "none":
+        raise ConfigError("cluster is true, so WAN_API_KEYS must hold keys (`wan-serve key new`), or auth: none be set")
 
 
 def webhook_signer() -> WebhookSigner | None:

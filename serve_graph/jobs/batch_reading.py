@@ -5,11 +5,12 @@ import itertools
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from secrets import token_hex
-from typing import Final
+from typing import Final, Protocol
 
 from schemas.batches import Batch, BatchCancel, BatchCounts, BatchManifest, BatchPage, BatchResult, BatchState
 from schemas.errors import (
@@ -20,6 +21,7 @@ from schemas.errors import (
     JobCancelled,
     JobGone,
     JobNotFound,
+    StoreUnavailable,
 )
 from schemas.jobs import JobRecord, JobState, item_id, item_of
 from schemas.requests import GenerateRequest, GenerationParameters
@@ -63,13 +65,21 @@ class _Seen:
         return index in self.begun or index in self.done
 
 
+class Jobs(Protocol):
+    """What reading asks of the jobs in this process."""
+
+    def live(self, job_id: str) -> LiveJob | None: ...
+
+    def in_hand(self, job_id: str) -> LiveJob | None: ...
+
+
 class BatchReading:
-    """running: the batches that this process works on. live: finds a job that it has in hand."""
+    """running: the batches that this process works on."""
 
     def __init__(
         self,
         running: Mapping[str, RunningBatch],
-        live: Callable[[str], LiveJob | None],
+        jobs: Jobs,
         recorder: Recorder,
         records: BatchRecords,
         lines: ManifestLines,
@@ -78,7 +88,7 @@ class BatchReading:
         hash_secret: bytes,
     ) -> None:
         self._running = running
-        self._live = live
+        self._jobs = jobs
         self._recorder = recorder
         self._records = records
         self._lines = lines
@@ -92,6 +102,11 @@ class BatchReading:
         if running is None:
             return await self.view(await self.head(batch_id, principal))
         check_owner(running.head.principal, principal)
+        if running.shared:
+            with suppress(StoreUnavailable):  # what this process knows has to do then
+                running.all_ended((await self._look(batch_id)).done)
+                if running.is_over:  # another process has written its end, or a sweep of this one will
+                    return await self.view(running.head)
         return self.running_view(running)
 
     async def batches(self, principal: Principal, *, limit: int, after: str | None) -> BatchPage:
@@ -205,7 +220,7 @@ class BatchReading:
         return _batch(head, "running" if seen.cancel is None else "cancelling", counts)
 
     def running_view(self, batch: RunningBatch) -> Batch:
-        lives = [self._live(job_id) for job_id in batch.at(HERE)]
+        lives = [self._jobs.live(job_id) for job_id in batch.at(HERE)]
         counts = batch.counts(running=sum(live is not None and live.started for live in lives))
         state: BatchState = "running" if batch.cancel is None else "cancelling"
         return _batch(batch.head, state, counts, seconds_left=batch.seconds_left())
@@ -286,7 +301,7 @@ class BatchReading:
     async def _item(self, head: BatchManifest, index: int, seen: _Seen) -> JobRecord | None:
         """A job's record, or what the manifest says of it; None once it was deleted."""
         job_id = item_id(head.batch_id, index)
-        live = self._live(job_id)
+        live = self._jobs.in_hand(job_id)
         if live is not None and not live.lost:
             return live.record
         if self._has_record(head.batch_id, index, seen):

@@ -68,6 +68,8 @@ class Jobs(Protocol):
 
     def live(self, job_id: str) -> LiveJob | None: ...
 
+    def in_hand(self, job_id: str) -> LiveJob | None: ...
+
     def dispatch(self) -> None: ...
 
     def cancel_live(self, live: LiveJob) -> None: ...
@@ -114,7 +116,7 @@ class Batches:
         self._lines = ManifestLines(recorder, self._records)
         self._running: dict[str, RunningBatch] = {}
         self.reading = BatchReading(
-            self._running, jobs.live, recorder, self._records, self._lines, views, hash_secret=hash_secret
+            self._running, jobs, recorder, self._records, self._lines, views, hash_secret=hash_secret
         )
         self._submitting: Counter[str] = Counter()
         self._heads: dict[str, str] = {}

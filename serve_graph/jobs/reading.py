@@ -142,7 +142,7 @@ class Reading:
     async def listed(self, entry: str) -> JobRecord | None:
         """The record behind an entry of an index; None where there is none any more."""
         job_id = entry_id(entry)
-        live = self._running.live(job_id)
+        live = self._running.in_hand(job_id)
         try:
             record = live.record if live is not None else (await self._recorder.io(self._records.get, job_id))[0]
         except JobNotFound:

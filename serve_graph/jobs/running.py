@@ -165,6 +165,10 @@ class Running:
         """The job, where this process has it in hand."""
         return self._live.get(job_id)
 
+    def in_hand(self, job_id: str) -> LiveJob | None:
+        """As `live`, but for a job that only waits here: another process may have taken it up, and ended it."""
+        return None if job_id in self.line else self._live.get(job_id)
+
     def cancel_live(self, live: LiveJob) -> None:
         """Cancel a job of this process without waiting for its end."""
         self.spawn(self.cancel_here(live))

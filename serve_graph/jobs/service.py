@@ -30,6 +30,7 @@ from schemas.errors import (
     JobNotFound,
     RecordedFailure,
     ShuttingDown,
+    StoreUnavailable,
     WanError,
 )
 from schemas.health import LastError, QueueHealth
@@ -274,11 +275,17 @@ class JobService:
         return self._views.clip(last[0])
 
     async def job(self, job_id: str, principal: Principal = NOBODY) -> Job:
-        """The job as its owner sees it. Raises JobNotFound, JobGone."""
-        live = self._running.live(job_id)
-        return self._view(
-            await self._reading.record(job_id, principal) if live is None else owned(live.record, principal)
-        )
+        """The job as its owner sees it. Raises JobNotFound, JobGone; StoreUnavailable for one of another process."""
+        live = self._running.in_hand(job_id)
+        if live is not None:
+            return self._view(owned(live.record, principal))
+        try:
+            return self._view(await self._reading.record(job_id, principal))
+        except StoreUnavailable:
+            waiting = self._running.live(job_id)
+            if waiting is None:
+                raise
+            return self._view(owned(waiting.record, principal))
 
     async def jobs(
         self,
@@ -348,7 +355,7 @@ class JobService:
 
     async def delete(self, job_id: str, principal: Principal = NOBODY) -> None:
         """Delete an ended job and its clip. Raises JobNotEnded, JobNotFound, JobGone, StoreUnavailable."""
-        live = self._running.live(job_id)
+        live = self._running.in_hand(job_id)
         if live is not None:
             owned(live.record, principal)
             if not live.record.state.is_terminal:
@@ -490,7 +497,8 @@ class JobService:
 
     def _view(self, record: JobRecord, live: LiveJob | None = None) -> Job:
         live = live or self._running.live(record.job_id)
-        if live is None:
+        taken_up_elsewhere = record.state is not JobState.QUEUED and record.job_id in self._running.line
+        if live is None or taken_up_elsewhere:
             return self._views.job(record)
         place = self._running.line.outlook(live)
         position = place.position - 1 if place is not None and live.job_id in self._running.line else None

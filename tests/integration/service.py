@@ -48,17 +48,14 @@ def run_serve(config: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-class RunningService:
-    """Started on construction; `wait_ready` returns once it says so. Use `stop` to end it."""
+class ServiceProcess:
+    """A child process that serves, its output, and every process below it. Started on construction."""
 
-    def __init__(self, folder: Path, env: dict[str, str] | None = None, port: int | None = None, **args: Any) -> None:
-        self.folder = folder
-        self.port = port or free_port()
-        self.base = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "serve_graph.cli", "serve"]
-        command += ["--config", str(write_config(folder, **args)), "--port", str(self.port)]
+    def __init__(self, command: list[str], base: str, env: dict[str, str] | None = None) -> None:
+        self.base = base
         self.process = subprocess.Popen(
             command,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -81,10 +78,6 @@ class RunningService:
                 self._news.notify_all()
         with self._news:
             self._news.notify_all()
-
-    def wait_ready(self) -> "RunningService":
-        self.wait_for(lambda: any(line.startswith("ready ") for line in self.stdout), START_TIMEOUT_S)
-        return self
 
     def wait_for(self, condition: Any, timeout_s: float) -> None:
         """Wait until the output makes `condition` true; fails with the output when it never does."""
@@ -139,7 +132,22 @@ class RunningService:
         code = self.process.wait(STOP_TIMEOUT_S)
         for reader in self._readers:
             reader.join(10)
-        for stream in (self.process.stdout, self.process.stderr):
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
             if stream is not None:
                 stream.close()
         return code
+
+
+class RunningService(ServiceProcess):
+    """`wan-serve serve`; `wait_ready` returns once it says so. Use `stop` to end it."""
+
+    def __init__(self, folder: Path, env: dict[str, str] | None = None, port: int | None = None, **args: Any) -> None:
+        self.folder = folder
+        self.port = port or free_port()
+        command = [sys.executable, "-m", "serve_graph.cli", "serve"]
+        command += ["--config", str(write_config(folder, **args)), "--port", str(self.port)]
+        super().__init__(command, f"http://127.0.0.1:{self.port}", env)
+
+    def wait_ready(self) -> "RunningService":
+        self.wait_for(lambda: any(line.startswith("ready ") for line in self.stdout), START_TIMEOUT_S)
+        return self

@@ -73,6 +73,14 @@ async def test_snapshots_are_those_of_every_replica() -> None:
     assert await snapshots(FakeHandle(expected[0]), FakeHandle(*expected[1:])) == expected
 
 
+async def test_snapshots_are_of_the_caller_s_own_deployment_too_where_it_has_one() -> None:
+    ingresses = [snapshot_of("Ingress", "a"), snapshot_of("Ingress", "b")]
+    generator = snapshot_of("Generator")
+    worker: Any = RayWorker(FakeHandle(), FakeHandle(generator), FakeHandle(*ingresses))  # type: ignore[arg-type]
+
+    assert await worker.snapshots() == [*ingresses, generator]
+
+
 async def test_snapshots_leave_out_a_replica_that_fails() -> None:
     alive = snapshot_of("Generator", "b")
 

@@ -8,12 +8,14 @@ import pytest
 from pydantic import ValidationError
 
 from schemas.official_profiles import PROFILES
+from serve_graph.api_keys import new_key
 from serve_graph.settings import (
     CLIENT_NAMES,
     SECRET_NAMES,
     ConfigError,
     Secrets,
     Settings,
+    check_cluster,
     read_settings,
     webhook_signer,
 )
@@ -268,3 +270,35 @@ def test_webhook_settings_make_the_policy(monkeypatch: pytest.MonkeyPatch) -> No
     assert webhooks.policy(can_sign=False) == WebhookPolicy(
         allow_http=True, allow_private_addresses=True, can_sign=False
     )
+
+
+# ---- a cluster
+
+BUCKET = {"kind": "s3", "s3": {"endpoint": "https://s3.example.com", "bucket": "clips"}}
+
+
+def test_a_cluster_needs_a_bucket() -> None:
+    assert "storage.kind must be s3" in refusal({"cluster": True})
+
+
+def test_a_cluster_needs_the_same_secret_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One made on the spot is a machine's own: the same Idempotency-Key would make a job per machine."""
+    monkeypatch.setenv("WAN_API_KEYS", new_key("alice")[1])
+    settings = read_settings({"cluster": True, "storage": BUCKET})
+
+    with pytest.raises(ConfigError, match="WAN_SIGNING_SECRET"):
+        check_cluster(settings)
+    monkeypatch.setenv("WAN_SIGNING_SECRET", SECRET)
+    check_cluster(settings)
+
+
+def test_a_cluster_asks_for_keys_unless_it_says_that_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WAN_SIGNING_SECRET", SECRET)
+
+    with pytest.raises(ConfigError, match="WAN_API_KEYS"):
+        check_cluster(read_settings({"cluster": True, "storage": BUCKET}))
+    check_cluster(read_settings({"cluster": True, "storage": BUCKET, "auth": "none"}))
+
+
+def test_one_machine_needs_nothing_of_that() -> None:
+    check_cluster(read_settings({}))

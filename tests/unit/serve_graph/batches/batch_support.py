@@ -111,7 +111,12 @@ class Served:
 
 @contextmanager
 def served(
-    folder: Path, *, max_waiting_jobs: int = 8, max_dispatched_jobs: int = 4, max_batches: int = 64
+    folder: Path,
+    *,
+    max_waiting_jobs: int = 8,
+    max_dispatched_jobs: int = 4,
+    max_batches: int = 64,
+    lease_s: float = LEASE_S,
 ) -> Iterator[Served]:
     store = QuickStore(folder)
     worker, records = CountingWorker(store), JobRecords(store)
@@ -122,7 +127,7 @@ def served(
             records=records,
             presigner=LocalPresigner(PUBLIC_URL, b"s" * 32, now=Clock()),
             limits=QueueLimits(max_waiting_jobs, max_dispatched_jobs, max_batches=max_batches),
-            patiences=Patiences(worker_s=0.0, store_s=0.0, lease_s=LEASE_S),
+            patiences=Patiences(worker_s=0.0, store_s=0.0, lease_s=lease_s),
             default_url_ttl=timedelta(seconds=600),
             hash_secret=b"h" * 32,
             metrics=IngressMetrics(new_registry()),

@@ -70,6 +70,37 @@ async def test_two_services_share_a_batch_and_commit_each_job_once(tmp_path: Pat
             await one.service.drain(5.0)
 
 
+async def test_a_batch_that_another_process_ended_has_ended_here_too(tmp_path: Path) -> None:
+    """It was `running` here until the next sweep, so two looks at it through two processes contradicted each other."""
+    with served(tmp_path) as first, served(tmp_path, lease_s=3_600) as second:
+        for one in (first, second):
+            one.worker.step_s = 0.05
+        first.service.start()
+        batch = await submit(first, prompts(40))
+        await until(lambda: first.worker.rendered)
+        second.service.start()  # its first sweep is its last for 20 minutes
+        await until(lambda: second.worker.rendered)
+        ended = await first.ended(batch.batch_id)
+        assert await second.service.batches.batch(batch.batch_id, NOBODY) == ended
+        for one in (first, second):
+            await one.service.drain(5.0)
+
+
+async def test_results_are_whole_once_another_process_s_end_was_seen(tmp_path: Path) -> None:
+    """What was listed for an answer just before the end served for its results, where the last jobs were `queued`."""
+    with served(tmp_path) as first, served(tmp_path) as looking_on:
+        first.worker.gates["running"].close()
+        batch = await submit(first, prompts(6))
+        await first.worker.gates["running"].reached()
+        assert (await looking_on.service.batches.batch(batch.batch_id, NOBODY)).state == "running"
+        first.worker.gates["running"].open()
+        await looking_on.ended(batch.batch_id)
+        assert [result.state for result in await looking_on.results(batch.batch_id)] == [JobState.SUCCEEDED] * 6
+        page = await looking_on.service.jobs(batch_id=batch.batch_id, state=JobState.SUCCEEDED)
+        assert len(page.jobs) == 6
+        await first.service.drain(5.0)
+
+
 async def test_a_cancel_reaches_the_other_process(tmp_path: Path) -> None:
     with served(tmp_path) as first, served(tmp_path) as second:
         for one in (first, second):

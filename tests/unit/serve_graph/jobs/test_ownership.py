@@ -7,7 +7,7 @@ import pytest
 from processes import REQUEST, keys, problem_of, process, running, until, until_stored
 from support import PATIENCE_S, Jobs, open_jobs
 
-from schemas.errors import JobCancelled, StoreUnavailable, WorkerLost
+from schemas.errors import JobCancelled, JobGone, StoreUnavailable, WorkerLost
 from schemas.jobs import JobState, Lease
 from schemas.webhooks import WebhookDelivery
 from serve_graph.jobs.attempts import _Turns
@@ -118,6 +118,38 @@ async def test_a_job_in_line_that_another_process_ended_is_let_go(tmp_path: Path
         assert clip.job_id == queued.job_id
         assert (await busy.service.job(queued.job_id)).state is JobState.SUCCEEDED
         assert busy.service.queue().waiting == 0
+
+
+async def test_a_job_in_line_that_another_process_ended_is_shown_and_deleted_as_it_is(tmp_path: Path) -> None:
+    """It was `queued`, in no list of ended jobs and not to be deleted, until this process looked at its line again."""
+    async with process(tmp_path, max_dispatched_jobs=1, lease_s=3_600) as busy:
+        await running(busy)
+        queued = await busy.service.submit(REQUEST, "request-2")
+        async with process(tmp_path, lease_s=1.0) as idle:
+            await until_stored(idle, queued.job_id, JobState.SUCCEEDED)
+        shown = await busy.service.job(queued.job_id)
+        assert (shown.state, shown.position) == (JobState.SUCCEEDED, None)
+        assert busy.service.queue().waiting == 1  # it is in line here still
+        listed = await busy.service.jobs(state=JobState.SUCCEEDED)
+        assert queued.job_id in {job.job_id for job in listed.jobs}
+        await busy.service.delete(queued.job_id)
+        with pytest.raises(JobGone):
+            await busy.service.job(queued.job_id)
+
+
+async def test_a_job_in_line_is_shown_while_the_store_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with process(tmp_path, max_dispatched_jobs=1) as jobs:
+        await running(jobs)
+        queued = await jobs.service.submit(REQUEST, "request-2")
+
+        def away(job_id: str) -> None:
+            raise StoreUnavailable("away")
+
+        with monkeypatch.context() as while_away:
+            while_away.setattr(jobs.records, "get", away)
+            shown = await jobs.service.job(queued.job_id)
+        assert shown.state is JobState.QUEUED
+        assert shown.position is not None
 
 
 # ---- suspects
