@@ -81,7 +81,7 @@ async def test_a_batch_that_another_process_ended_has_ended_here_too(tmp_path: P
         second.service.start()  # its first sweep is its last for 20 minutes
         await until(lambda: second.worker.rendered)
         ended = await first.ended(batch.batch_id)
-        assert await second.service.batches.batch(batch.batch_id, NOBODY) == ended
+        assert await second.service.batches.reading.batch(batch.batch_id, NOBODY) == ended
         for one in (first, second):
             await one.service.drain(5.0)
 
@@ -92,7 +92,7 @@ async def test_results_are_whole_once_another_process_s_end_was_seen(tmp_path: P
         first.worker.gates["running"].close()
         batch = await submit(first, prompts(6))
         await first.worker.gates["running"].reached()
-        assert (await looking_on.service.batches.batch(batch.batch_id, NOBODY)).state == "running"
+        assert (await looking_on.service.batches.reading.batch(batch.batch_id, NOBODY)).state == "running"
         first.worker.gates["running"].open()
         await looking_on.ended(batch.batch_id)
         assert [result.state for result in await looking_on.results(batch.batch_id)] == [JobState.SUCCEEDED] * 6
