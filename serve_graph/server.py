@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +154,7 @@ def serve_forever(config: ServeConfig, *, as_json: bool = False) -> None:
                     stopping.wait()
             finally:
                 log_event("stopping")
-                stop_app(config)
+                asyncio.run(stop_app(config))
     log_event("stopped")
 
 
@@ -323,22 +323,19 @@ def _report(app: Any) -> str:
     return str((told or lines or ["the application did not start in time"])[-1])
 
 
-def stop_app(config: ServeConfig, run: Callable[[Coroutine[Any, Any, None]], None] = asyncio.run) -> None:
+async def stop_app(config: ServeConfig) -> None:
     """Let running jobs end within the drain limit, then take everything down.
 
-    run: on the event loop where this process has used Serve's handles, if it has.
+    On the event loop where this process has used Serve's handles, if it has.
     """
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
-    async def drain() -> None:
-        async with asyncio.timeout(limit_s):
-            await serve.get_app_handle(config.app_name).drain.remote()
-
     limit_s = config.settings.queue.drain_timeout_s + _STOP_MARGIN_S
     try:
-        run(drain())
+        async with asyncio.timeout(limit_s):
+            await serve.get_app_handle(config.app_name).drain.remote()
     except (RayError, RayServeException, TimeoutError):
         log_event("not_drained", level=logging.WARNING)
-    serve.delete(config.app_name)  # lets requests end; the caller's ray.shutdown() ends the rest
+    await asyncio.to_thread(serve.delete, config.app_name)  # requests end; the caller's ray.shutdown() ends the rest

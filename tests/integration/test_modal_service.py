@@ -3,6 +3,8 @@
 Containers stand side by side on this machine, so the Volumes are folders and the GPU is none.
 """
 
+import os
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import modal
+import psutil
 import pytest
 from modal_loopback import Container, Loopback
 from modal_loopback.calls import Call
@@ -260,6 +263,24 @@ def test_a_restored_container_works_three_days_later_with_fresh_secrets(service:
         assert own.get("/jobs", headers={"Authorization": f"Bearer {bob}"}).status_code == 200
     assert service.generators() == [asleep]
     assert '"start": "restored"' in asleep.log
+
+
+def test_a_graph_that_a_restore_has_broken_is_built_anew_and_counted(service: Service) -> None:
+    service.modal.abandon("wan-serve")
+    broken = service.modal.start("wan-serve", "Generator", asleep=timedelta(0)).wait("frozen", START_S)
+    for pid in broken.pids():
+        if "gcs_server" in " ".join(psutil.Process(pid).cmdline()):
+            os.kill(pid, signal.SIGKILL)
+    broken.thaw()
+
+    with service.client() as client:
+        clip = client.generate(GenerateRequest(prompt=PROMPT))
+    assert httpx.get(clip.output_url).status_code == 200
+    assert "restore_failed" in broken.log
+    deadline = time.monotonic() + 30
+    while not service.metric("wan_container_starts_total", start="rebuilt"):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_the_sweeper_calls_again_for_a_job_whose_call_is_lost(warm: Service) -> None:
