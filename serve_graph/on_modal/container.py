@@ -15,8 +15,11 @@ from serve_graph.on_modal.options import ModalOptions
 from serve_graph.renewal import renew_process
 from serve_graph.settings import SECRET_NAMES
 
+PROBE_TIMEOUT_S = 5.0
+"""A thawed Serve answers within a tenth of a second, see "thaw" in ARCHITECTURE.md."""
+
 AWAKEN_TIMEOUT_S = 20.0
-"""A thawed Serve answered within a second; moving a 14B model to the GPU takes several."""
+"""Moving a 14B model to the GPU takes several seconds."""
 
 
 class Container:
@@ -48,6 +51,7 @@ class Container:
         restored = os.environ.get("MODAL_TASK_ID") != self._started_in
         start = "restored" if restored else "fresh"
         try:
+            self._running.call("gpu").result(PROBE_TIMEOUT_S)
             self._awaken(start)
         except ModelNotReady:  # the graph answers, and says what is wrong
             raise

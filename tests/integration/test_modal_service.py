@@ -229,56 +229,45 @@ def test_thaws_answer_soon(warm: Service, tell: Tell) -> None:
     tell("modal", f"thaw to the first healthy answer: median {statistics.median(seconds):.2f} s of 10 (goal 1)")
 
 
-def test_a_container_killed_in_the_middle_of_a_render_loses_nothing(warm: Service) -> None:
+def test_a_container_restored_three_days_later_ends_what_a_stopped_one_hands_back(warm: Service) -> None:
+    bob, line = new_key("bob")
+    asleep = warm.modal.start("wan-serve", "Generator", asleep=timedelta(days=3)).wait("frozen", START_S)
     with warm.client() as client:
         job = running(client)
         for container in warm.generators():
-            container.kill()
+            if container is not asleep:
+                container.preempt()
+        asleep.thaw(env={"WAN_API_KEYS": line})
         ended = client.wait(job.job_id)
-
-    assert (ended.state, ended.attempts) == (JobState.SUCCEEDED, 2)
-
-
-def test_a_container_that_stops_hands_its_jobs_back_and_another_ends_them(warm: Service) -> None:
-    with warm.client() as client:
-        job = running(client)
-        (container,) = warm.generators()
-        container.preempt()
-        ended = client.wait(job.job_id)
+        clip = client.generate(GenerateRequest(prompt=PROMPT))
 
     assert ended.state is JobState.SUCCEEDED
-
-
-def test_a_restored_container_works_three_days_later_with_fresh_secrets(service: Service) -> None:
-    service.modal.abandon("wan-serve")
-    bob, line = new_key("bob")
-    asleep = service.modal.start("wan-serve", "Generator", asleep=timedelta(days=3)).wait("frozen", START_S)
-    asleep.thaw(env={"WAN_API_KEYS": line})
-
-    with service.client() as client:
-        clip = client.generate(GenerateRequest(prompt=PROMPT))
     assert httpx.get(clip.output_url).content[4:8] == b"ftyp"
-    with service.http(service.graph_url()) as own:
+    with warm.http(warm.graph_url()) as own:
         assert own.get("/jobs").status_code == 401
         assert own.get("/jobs", headers={"Authorization": f"Bearer {bob}"}).status_code == 200
-    assert service.generators() == [asleep]
+    assert warm.generators() == [asleep]
     assert '"start": "restored"' in asleep.log
 
 
-def test_a_graph_that_a_restore_has_broken_is_built_anew_and_counted(service: Service) -> None:
-    service.modal.abandon("wan-serve")
-    broken = service.modal.start("wan-serve", "Generator", asleep=timedelta(0)).wait("frozen", START_S)
+def test_a_container_killed_in_a_render_loses_nothing_and_a_broken_restore_is_built_anew(warm: Service) -> None:
+    broken = warm.modal.start("wan-serve", "Generator", asleep=timedelta(0)).wait("frozen", START_S)
     for pid in broken.pids():
         if "gcs_server" in " ".join(psutil.Process(pid).cmdline()):
             os.kill(pid, signal.SIGKILL)
-    broken.thaw()
+    with warm.client() as client:
+        job = running(client)
+        for container in warm.generators():
+            if container is not broken:
+                container.send_kill()
+        broken.thaw()
+        ended = client.wait(job.job_id)
 
-    with service.client() as client:
-        clip = client.generate(GenerateRequest(prompt=PROMPT))
-    assert httpx.get(clip.output_url).status_code == 200
+    assert (ended.state, ended.attempts) == (JobState.SUCCEEDED, 2)
+    assert warm.generators() == [broken]
     assert "restore_failed" in broken.log
     deadline = time.monotonic() + 30
-    while not service.metric("wan_container_starts_total", start="rebuilt"):
+    while not warm.metric("wan_container_starts_total", start="rebuilt"):
         assert time.monotonic() < deadline
         time.sleep(0.2)
 
