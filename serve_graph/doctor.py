@@ -38,7 +38,7 @@ def examine(config: Path, host: str | None = None, port: int | None = None) -> l
 
 def _configuration(config: ServeConfig) -> Iterator[Check]:
     settings = config.settings
-    yield Check("configuration", Mark.OK, f"profile {settings.model.profile}, storage {settings.storage.kind}")
+    yield Check("configuration", Mark.OK, f"profile {settings.profile.name}, storage {settings.storage.kind}")
 
 
 def _keys(config: ServeConfig) -> Iterator[Check]:

@@ -82,7 +82,9 @@ class HealthMonitor:
         await self._refresh()
         problem = self._reason()
         model = self._settings.model
-        unloaded = ModelHealth(profile=model.profile, revision=model.revision, loaded=False, dtype=None, device=None)
+        unloaded = ModelHealth(
+            profile=model.profile.name, revision=model.revision, loaded=False, dtype=None, device=None
+        )
         generator = self._generator
         return Health(
             status="ok" if problem is None else "unavailable",

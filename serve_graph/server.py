@@ -146,7 +146,7 @@ def serve_forever(config: ServeConfig, *, as_json: bool = False) -> None:
         schema = check_schema(config.serve)
         # twice: Ray puts a handler of its own over ours, which prints a stack
         with _signals(stopping), ray_runtime(), _signals(stopping):
-            log_event("starting", profile=config.settings.model.profile, storage=config.settings.storage.kind)
+            log_event("starting", profile=config.settings.profile.name, storage=config.settings.storage.kind)
             try:
                 deploy(schema, config.app_name, stopping)
                 if not stopping.is_set():

@@ -4,17 +4,18 @@ An environment variable names a setting by its path, with two underscores betwee
 `WAN_MODEL__PROFILE` is `model.profile`. Whatever is unknown, in the file or the environment, is refused by name.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from schemas.model_profile import ModelProfile
-from schemas.official_profiles import PROFILES
+from schemas.official_profiles import PROFILES, WAN_TINY
 from schemas.requests import MAX_URL_TTL_S, MIN_URL_TTL_S
 from serve_graph.api_keys import ApiKeys, InvalidApiKeys
 from serve_graph.scheduling import Policy
@@ -54,6 +55,17 @@ class ConfigError(Exception):
     """The configuration is wrong; the message is for the person who wrote it."""
 
 
+def parse_profile(value: Any) -> Any:
+    """A profile by its name, or its fields as they are or in JSON, for pydantic to check. Raises ValueError."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("{"):
+        return json.loads(value)
+    if value not in PROFILES:
+        raise ValueError(f"there is no profile {value!r}; there are {', '.join(PROFILES)}")
+    return PROFILES[value]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -61,7 +73,12 @@ class _Section(BaseModel):
 class ModelSettings(_Section):
     """Which checkpoint, and where its parts run."""
 
-    profile: str = Field(default="wan-tiny", description="A profile's name: " + ", ".join(PROFILES) + ".")
+    profile: Annotated[ModelProfile, NoDecode, BeforeValidator(parse_profile)] = Field(
+        default=WAN_TINY,
+        description="A profile's name: "
+        + ", ".join(PROFILES)
+        + "; or the fields of one of your own (JSON in a variable).",
+    )
     path: Path | None = Field(default=None, description="A checkpoint in diffusers' layout; else the profile's own.")
     revision: str | None = Field(default=None, description="The hub's revision, where the profile has a hub id.")
     device: str = Field(
@@ -78,12 +95,6 @@ class ModelSettings(_Section):
         default="cpu", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="For the text encoder: `cpu` or `cuda`."
     )
     text_dtype: Dtype = Field(default="auto", description="Of the text encoder.")
-
-    @model_validator(mode="after")
-    def _known_profile(self) -> "ModelSettings":
-        if self.profile not in PROFILES:
-            raise ValueError(f"there is no profile {self.profile!r}; there are {', '.join(PROFILES)}")
-        return self
 
 
 class StorageSettings(_Section):
@@ -292,7 +303,7 @@ class Settings(BaseSettings):
 
     @property
     def profile(self) -> ModelProfile:
-        return PROFILES[self.model.profile]
+        return self.model.profile
 
     def require_public_url(self) -> str:
         """Raises ConfigError where nothing said what clients call this service."""
@@ -379,7 +390,7 @@ def read_settings(args: Mapping[str, Any], public_url: str | None = None) -> Set
     try:
         settings = Settings(**args)
     except ValidationError as error:
-        raise ConfigError("; ".join(_in_words(mistake) for mistake in error.errors())) from error
+        raise config_error(error) from error
     except TypeError as error:
         raise ConfigError("args must be a mapping with string keys") from error
     storage = settings.storage.model_copy(update={"folder": settings.storage.folder.absolute()})
@@ -390,6 +401,11 @@ def read_settings(args: Mapping[str, Any], public_url: str | None = None) -> Set
     if settings.public_url is None:
         update["public_url"] = public_url
     return settings.model_copy(update=update)
+
+
+def config_error(error: ValidationError) -> ConfigError:
+    """One line for each mistake, with the setting's name."""
+    return ConfigError("; ".join(_in_words(mistake) for mistake in error.errors()))
 
 
 def _refuse_unknown_variables() -> None:
@@ -411,4 +427,4 @@ def _in_words(mistake: Any) -> str:
     name = ".".join(str(part) for part in mistake["loc"])
     if mistake["type"] == "extra_forbidden":
         return f"unknown setting {name}"
-    return f"{name}: {mistake['msg']}"
+    return f"{name}: {mistake['msg'].removeprefix('Value error, ')}"

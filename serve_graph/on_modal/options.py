@@ -13,8 +13,16 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from schemas.model_profile import ModelProfile
-from schemas.official_profiles import PROFILES
-from serve_graph.settings import CLIENT_NAMES, ENV_PREFIX, SECRET_NAMES, ConfigError, Settings, read_settings
+from serve_graph.settings import (
+    CLIENT_NAMES,
+    ENV_PREFIX,
+    SECRET_NAMES,
+    ConfigError,
+    ModelSettings,
+    Settings,
+    config_error,
+    read_settings,
+)
 
 CONFIG: Final = Path(__file__).parents[2] / "configs" / "modal.yaml"
 
@@ -133,10 +141,11 @@ def cache_environment(options: ModalOptions) -> dict[str, str | None]:
 
 def profile_of(options: ModalOptions) -> ModelProfile:
     """The model that is served. Raises ConfigError."""
-    name = options.model_profile or _file_args()["model"]["profile"]
-    if name not in PROFILES:
-        raise ConfigError(f"there is no profile {name!r}; there are {', '.join(PROFILES)}")
-    return PROFILES[name]
+    given = options.model_profile or _file_args()["model"]["profile"]
+    try:
+        return ModelSettings.model_validate({"profile": given}).profile
+    except ValidationError as error:
+        raise config_error(error) from error
 
 
 def fetched_weights(options: ModalOptions) -> Path | None:

@@ -123,7 +123,7 @@ def test_gpus_and_snapshot_modes(
         ({"WAN_GPU": "L5"}, "error: WAN_GPU=L5 must be 'L4', 'A100', 'A100-80GB' or 'H100'"),
         ({"WAN_SNAPSHOT": "on"}, "error: WAN_SNAPSHOT=on must be 'gpu', 'cpu' or 'off'"),
         ({"WAN_STORAGE__KIND": "local"}, "error: storage.kind is local"),
-        ({"WAN_MODEL__PROFILE": "wan9"}, "error: there is no profile 'wan9'"),
+        ({"WAN_MODEL__PROFILE": "wan9"}, "error: profile: there is no profile 'wan9'"),
     ],
 )
 def test_a_mistake_in_the_environment_is_one_line_and_stops_the_deployment(

@@ -120,6 +120,25 @@ def running(client: WanClient, **fields: object) -> Job:
     return job
 
 
+def check_cancel(client: WanClient) -> None:
+    job = running(client)
+    ended = client.cancel(job.job_id)
+    if not ended.state.is_terminal:
+        ended = client.wait(job.job_id)
+    assert ended.state is JobState.CANCELLED
+
+
+def check_batch(client: WanClient) -> None:
+    batch = client.submit_batch([GenerateRequest(prompt=PROMPT, seed=number) for number in range(6)])
+    deadline = time.monotonic() + START_S
+    while (seen := client.batch(batch.batch_id)).state != "ended":
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    results = list(client.batch_results(batch.batch_id))
+    assert seen.counts.succeeded == 6
+    assert [result.clip is not None and result.clip.seed for result in results] == list(range(6))
+
+
 def test_what_needs_no_model_wakes_no_gpu(service: Service) -> None:
     with service.http() as http:
         health = http.get("/health")
@@ -149,23 +168,12 @@ def test_generate_waits_as_long_as_the_front_may_and_then_answers_with_the_job(w
 
 def test_a_job_that_runs_is_cancelled_from_the_front(warm: Service) -> None:
     with warm.client() as client:
-        job = running(client)
-        ended = client.cancel(job.job_id)
-        if not ended.state.is_terminal:
-            ended = client.wait(job.job_id)
-
-    assert ended.state is JobState.CANCELLED
+        check_cancel(client)
 
 
 def test_a_batch_ends_with_all_of_its_clips(warm: Service) -> None:
     with warm.client() as client:
-        batch = client.submit_batch([GenerateRequest(prompt=PROMPT, seed=number) for number in range(6)])
-        while (seen := client.batch(batch.batch_id)).state != "ended":
-            time.sleep(0.2)
-        results = list(client.batch_results(batch.batch_id))
-
-    assert seen.counts.succeeded == 6
-    assert [result.clip is not None and result.clip.seed for result in results] == list(range(6))
+        check_batch(client)
 
 
 def test_health_and_polls_answer_beside_four_renders_and_four_waiting_callers(warm: Service, tell: Tell) -> None:
@@ -240,6 +248,8 @@ def test_a_container_restored_three_days_later_ends_what_a_stopped_one_hands_bac
         asleep.thaw(env={"WAN_API_KEYS": line})
         ended = client.wait(job.job_id)
         clip = client.generate(GenerateRequest(prompt=PROMPT))
+        check_batch(client)
+        check_cancel(client)
 
     assert ended.state is JobState.SUCCEEDED
     assert httpx.get(clip.output_url).content[4:8] == b"ftyp"

@@ -7,6 +7,7 @@ from typing import TypeGuard, get_args
 
 import pytest
 from pydantic import BaseModel
+from pydantic_settings import NoDecode
 
 import serve_graph
 from schemas.errors import Unavailable
@@ -25,7 +26,8 @@ def is_section(annotation: object) -> TypeGuard[type[BaseModel]]:
 def settings_of(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """The path of every setting: ("model", "profile")."""
     for name, field in model.model_fields.items():
-        section = next((part for part in (field.annotation, *get_args(field.annotation)) if is_section(part)), None)
+        parts = () if NoDecode in field.metadata else (field.annotation, *get_args(field.annotation))
+        section = next((part for part in parts if is_section(part)), None)
         if section is not None:
             yield from settings_of(section, (*path, name))
         else:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from schemas.official_profiles import PROFILES
+from schemas.official_profiles import PROFILES, WAN_1_3B
 from serve_graph.api_keys import new_key
 from serve_graph.settings import (
     CLIENT_NAMES,
@@ -55,7 +55,22 @@ def test_read_settings_takes_the_files_values() -> None:
 def test_environment_goes_over_the_file(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "wan2.1-t2v-1.3b")
 
-    assert read_settings({"model": {"profile": "wan-tiny"}}).model.profile == "wan2.1-t2v-1.3b"
+    assert read_settings({"model": {"profile": "wan-tiny"}}).profile.name == "wan2.1-t2v-1.3b"
+
+
+OWN = WAN_1_3B.model_copy(update={"name": "ours", "max_num_frames": 33})
+
+
+def test_a_profile_of_ones_own_in_the_file_or_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_settings({"model": {"profile": OWN.model_dump(mode="json")}}).profile == OWN
+
+    monkeypatch.setenv("WAN_MODEL__PROFILE", OWN.model_dump_json())
+    assert read_settings({"model": {"profile": "wan-tiny"}}).profile == OWN
+
+
+def test_a_profile_that_lacks_something_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"model\.profile\.hub_id: Field required"):
+        read_settings({"model": {"profile": OWN.model_dump(mode="json", exclude={"hub_id"})}})
 
 
 def test_environment_leaves_the_rest_of_a_section_to_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +109,7 @@ def test_read_settings_refuses_an_unknown_setting_by_name(args: dict[str, Any], 
 def test_read_settings_lets_the_client_s_variables_be(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "anything")
 
-    assert read_settings({}).model.profile == "wan-tiny"
+    assert read_settings({}).profile.name == "wan-tiny"
 
 
 @pytest.mark.parametrize(

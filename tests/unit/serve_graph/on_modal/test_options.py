@@ -38,7 +38,7 @@ def test_defaults() -> None:
         ("WAN_SNAPSHOT", "on", "WAN_SNAPSHOT=on must be 'gpu', 'cpu' or 'off'"),
         ("WAN_TIMEOUT", "5", "WAN_TIMEOUT=5"),
         ("WAN_MIN_CONTAINERS", "2", "WAN_MIN_CONTAINERS is larger than WAN_MAX_CONTAINERS"),
-        ("WAN_MODEL__PROFILE", "wan9", "there is no profile 'wan9'"),
+        ("WAN_MODEL__PROFILE", "wan9", "profile: there is no profile 'wan9'"),
         ("WAN_STORAGE__KIND", "local", "storage.kind is local: containers share no folder"),
         ("WAN_GPUS", "L4", "unknown environment variable WAN_GPUS"),
         ("WAN_QUEUE__LEASE_S", "soon", "queue.lease_s"),
