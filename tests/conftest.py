@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import hypothesis
 import pytest
+from random_wan import RANDOM_WAN
 from s3_servers.ceph import CephRgw
 from s3_servers.ministack import Ministack
 from s3_servers.process import S3Server
 
 from schemas.handoff import PreparedPrompt, Standing, TextItem
-from schemas.official_profiles import WAN_TINY
 from schemas.requests import GenerationParameters
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def text_encoder(text_parts: "TextParts") -> "TextEncoder":
     from serve_graph.text_encoding import TextEncoder
 
     metrics = PreprocessorMetrics(new_registry())
-    return TextEncoder(text_parts, WAN_TINY.max_sequence_length, max_cache_bytes=2**20, metrics=metrics)
+    return TextEncoder(text_parts, RANDOM_WAN.max_sequence_length, max_cache_bytes=2**20, metrics=metrics)
 
 
 @pytest.fixture(scope="session")
@@ -238,7 +238,7 @@ def make_engine(generator_parts: "GeneratorParts", generator_metrics: "Generator
         **limits: Any,
     ) -> Engine:
         roomy: dict[str, Any] = {"max_jobs_in_flight": 8, "max_batch_tokens": 4_096}
-        chosen = EngineLimits(text_length=WAN_TINY.max_sequence_length, **{**roomy, **limits})
+        chosen = EngineLimits(text_length=RANDOM_WAN.max_sequence_length, **{**roomy, **limits})
         engines.append(Engine(parts or generator_parts, chosen, generator_metrics, on_error))
         return engines[-1]
 

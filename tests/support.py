@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from prometheus_client import CollectorRegistry
+from random_wan import RANDOM_WAN
 
 from schemas.clips import Timings
 from schemas.errors import StoreUnavailable
@@ -22,7 +23,6 @@ from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask, Started, Te
 from schemas.health import GeneratorHealth, ModelHealth
 from schemas.jobs import JobRecord, JobState, Progress, RenderedClip
 from schemas.model_profile import ModelProfile
-from schemas.official_profiles import WAN_TINY
 from schemas.requests import GenerationParameters
 from serve_graph.jobs import JobService, Patiences, QueueLimits
 from serve_graph.jobs.platform import Platform
@@ -113,7 +113,7 @@ class ScriptedWorker:
 
     async def health(self) -> GeneratorHealth:
         await self._stage("health")
-        model = ModelHealth(profile="wan-tiny", revision=None, loaded=True, dtype="float32", device="cpu")
+        model = ModelHealth(profile="wan-random", revision=None, loaded=True, dtype="float32", device="cpu")
         return GeneratorHealth(model=model, gpu=None)
 
     async def _stage(self, stage: str) -> None:
@@ -209,7 +209,7 @@ class Jobs:
 def open_jobs(
     folder: Path,
     *,
-    profile: ModelProfile = WAN_TINY,
+    profile: ModelProfile = RANDOM_WAN,
     webhooks: Callable[[IngressMetrics], WebhookSender] | None = None,
     max_waiting_jobs: int = 8,
     max_dispatched_jobs: int = 4,

@@ -23,10 +23,11 @@ from diffusers import (
     WanPipeline,
 )
 from prometheus_client import CollectorRegistry
+from random_wan import RANDOM_WAN
 
 from schemas.handoff import PreparedPrompt
 from schemas.jobs import Progress
-from schemas.official_profiles import WAN_NEGATIVE_PROMPT, WAN_TINY
+from schemas.official_profiles import WAN_NEGATIVE_PROMPT
 from schemas.requests import GenerationParameters
 from serve_graph.engine.checkpoint import GeneratorParts
 from serve_graph.engine.denoise import Denoising, denoise_step
@@ -90,7 +91,7 @@ def stock_render(
         num_inference_steps=parameters.num_inference_steps,
         guidance_scale=parameters.guidance_scale,
         generator=torch.Generator("cpu").manual_seed(parameters.seed),
-        max_sequence_length=WAN_TINY.max_sequence_length,
+        max_sequence_length=RANDOM_WAN.max_sequence_length,
         output_type="np",
         callback_on_step_end=keep,
     ).frames[0]
@@ -99,7 +100,7 @@ def stock_render(
 
 def engine_latents(parts: GeneratorParts, parameters: GenerationParameters, prompt: PreparedPrompt) -> torch.Tensor:
     """What the engine's steps make, without its thread."""
-    denoising = Denoising(parts, parameters, prompt, WAN_TINY.max_sequence_length)
+    denoising = Denoising(parts, parameters, prompt, RANDOM_WAN.max_sequence_length)
     while not denoising.is_done:
         denoise_step(parts.transformer, [denoising])
     return denoising.latents

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import psutil
 import yaml
+from random_wan import model_settings
 
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 90
@@ -35,6 +36,7 @@ def write_config(folder: Path, deployments: list[dict[str, Any]] | None = None, 
     config["applications"][0]["args"] = {
         "data_dir": str(folder / "data"),
         "storage": {"kind": "local", "folder": str(folder / "store")},
+        "model": model_settings(),
         **args,
     }
     config["applications"][0]["deployments"] = deployments or []

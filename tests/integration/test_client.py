@@ -149,5 +149,5 @@ def test_batches_are_listed_newest_first(client: WanClient) -> None:
 def test_models_and_health_are_typed(client: WanClient) -> None:
     client.ping()
 
-    assert [model.name for model in client.models()] == ["wan-tiny"]
+    assert [model.name for model in client.models()] == ["wan-random"]
     assert client.health().status == "ok"

@@ -1,13 +1,17 @@
 """What `modal deploy` of the real client makes of the app, on a Modal on loopback; and what stops it."""
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hub_on_loopback import COMMIT, LARGE, PROFILE, Hub
 from modal_loopback import Finished, Loopback
 from modal_loopback.records import FunctionLayout, VolumeMount
+
+from serve_graph.on_modal.weights import check_whole
 
 ROOT = Path(__file__).parents[2]
 APP = ("-m", "serve_graph.modal_app")
@@ -149,6 +153,25 @@ def test_a_secret_that_lacks_a_key_stops_the_deployment(missing: str) -> None:
     assert missing in done.output
     assert (preflight.exit_code, preflight.output.count("\n")) == (1, 1)
     assert preflight.output.startswith("error: the Secret wan-s3 needs ")
+
+
+def test_weights_come_from_the_hub_into_the_volume_once(tmp_path: Path) -> None:
+    with (
+        contextlib.closing(Hub()) as hub,
+        Loopback(secrets=SECRETS, container_env={"HF_ENDPOINT": hub.url}) as loopback,
+    ):
+        env = {"WAN_WEIGHTS_DIR": str(tmp_path)}
+        done = loopback.cli("run", "-m", "serve_graph.modal_app::download_weights", env=env, cwd=ROOT)
+        asked = len(hub.asked)
+        again = loopback.cli("run", "-m", "serve_graph.modal_app::download_weights", env=env, cwd=ROOT)
+
+    told = f"weights at commit {COMMIT} are in the Volume wan-weights"
+    assert (done.exit_code, again.exit_code) == (0, 0), done.output + again.output
+    assert told in done.output
+    assert told in again.output
+    check_whole(tmp_path / PROFILE.name)
+    assert LARGE in "".join(hub.asked[:asked])
+    assert f"GET /{PROFILE.hub_id}/resolve/{COMMIT}/{LARGE}" not in hub.asked[asked:]
 
 
 class TestPreflight:

@@ -3,6 +3,7 @@
 Containers stand side by side on this machine, so the Volumes are folders and the GPU is none.
 """
 
+import json
 import os
 import signal
 import statistics
@@ -17,9 +18,10 @@ import httpx
 import modal
 import psutil
 import pytest
-from modal_loopback import Container, Loopback
+from modal_loopback import Container, Finished, Loopback
 from modal_loopback.calls import Call
 from prometheus_client.parser import text_string_to_metric_families
+from random_wan import model_variables
 from s3_servers.ministack import BUCKETS
 from s3_servers.process import S3Server
 
@@ -40,11 +42,12 @@ Tell = Callable[[str, str], None]
 
 @dataclass(frozen=True)
 class Service:
-    """A deployed service: its Modal, its front's URL, and a key for it."""
+    """A deployed service: its Modal, its front's URL, a key for it, and the deployer's environment."""
 
     modal: Loopback
     url: str
     key: str
+    env: dict[str, str]
 
     def client(self) -> WanClient:
         return WanClient(self.url, api_key=self.key, patience_s=START_S)
@@ -52,6 +55,12 @@ class Service:
     def http(self, url: str | None = None) -> httpx.Client:
         headers = {"Authorization": f"Bearer {self.key}"}
         return httpx.Client(base_url=url or self.url, headers=headers, timeout=START_S, trust_env=False)
+
+    def run(self, command: str, *arguments: str, cwd: Path = ROOT) -> Finished:
+        """`modal run` of one of the app's commands. cwd: where it writes."""
+        entry_point = ("run", "-m", f"serve_graph.modal_app::{command}", *arguments)
+        env = {**self.env, "WAN_API_KEY": self.key, "PYTHONPATH": str(ROOT)}
+        return self.modal.cli(*entry_point, env=env, cwd=cwd, timeout_s=START_S)
 
     def generators(self) -> list[Container]:
         return self.modal.containers("wan-serve", "Generator")
@@ -87,7 +96,7 @@ def service(ministack: S3Server, tmp_path_factory: pytest.TempPathFactory) -> It
         "wan-api-keys": {"WAN_API_KEYS": line},
     }
     env = {
-        "WAN_MODEL__PROFILE": "wan-tiny",
+        **model_variables(),
         "WAN_DATA_DIR": str(folder / "data"),
         "WAN_WEIGHTS_DIR": str(folder / "weights"),
         "WAN_OUTPUTS_DIR": str(folder / "outputs"),
@@ -97,7 +106,7 @@ def service(ministack: S3Server, tmp_path_factory: pytest.TempPathFactory) -> It
     with Loopback(secrets=secrets) as modal:
         done = modal.cli("deploy", "-m", "serve_graph.modal_app", env=env, cwd=ROOT)
         assert done.exit_code == 0, done.output
-        yield Service(modal, modal.web_url("wan-serve", "web"), key)
+        yield Service(modal, modal.web_url("wan-serve", "web"), key, env)
         modal.abandon("wan-serve")
         print("".join(text for _, text in modal.app("wan-serve").log))  # shown where a test has failed
 
@@ -149,14 +158,24 @@ def test_what_needs_no_model_wakes_no_gpu(service: Service) -> None:
     assert service.generators() == []
 
 
-def test_a_clip_from_zero_containers(service: Service) -> None:
-    with service.client() as client:
+def test_coldstart_of_the_real_cli_measures_a_start(service: Service, tmp_path: Path) -> None:
+    done = service.run("coldstart", "--count", "1", cwd=tmp_path)
+
+    assert done.exit_code == 0, done.output
+    record = json.loads((tmp_path / "out/coldstart.json").read_text())
+    assert (record["count"], record["failures"], record["rebuilt"]) == (1, 0, 0)
+    assert record["p50_s"] > record["awake_p50_s"] > 0
+    assert len(service.generators()) == 1
+
+
+def test_a_clip(warm: Service) -> None:
+    with warm.client() as client:
         clip = client.generate(GenerateRequest(prompt=PROMPT))
         health = client.health()
 
     assert httpx.get(clip.output_url).content[4:8] == b"ftyp"
-    assert (health.model.loaded, health.model.profile) == (True, "wan-tiny")
-    assert len(service.calls()) == len(service.generators()) == 1
+    assert (health.model.loaded, health.model.profile) == (True, "wan-random")
+    assert len(warm.calls()) == len(warm.generators()) == 1
 
 
 def test_generate_waits_as_long_as_the_front_may_and_then_answers_with_the_job(warm: Service) -> None:
@@ -296,13 +315,20 @@ def test_the_sweeper_calls_again_for_a_job_whose_call_is_lost(warm: Service) -> 
 
 
 def test_smoke_of_the_real_cli_says_what_works(warm: Service) -> None:
-    done = warm.modal.cli(
-        *("run", "-m", "serve_graph.modal_app::smoke", "--url", warm.url),
-        env={"WAN_API_KEY": warm.key},
-        cwd=ROOT,
-        timeout_s=120,
-    )
+    done = warm.run("smoke", "--url", warm.url)
 
     assert done.exit_code == 0, done.output
     lines = [line.split(":")[0].split() for line in done.output.splitlines() if line.startswith("ok ")]
     assert lines == [["ok", "health"], ["ok", "generate"], ["ok", "fetch"], ["ok", "expiry"]]
+
+
+def test_modal_run_makes_a_clip_of_every_prompt_in_a_file_from_zero_containers(
+    service: Service, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"{PROMPT}\na green square moving up\n")
+    done = service.run("batch", "--prompts", str(prompts), "--output", str(tmp_path / "clips"))
+
+    assert done.exit_code == 0, done.output
+    clips = sorted((tmp_path / "clips").glob("*.mp4"))
+    assert [clip.read_bytes()[4:8] for clip in clips] == [b"ftyp", b"ftyp"]

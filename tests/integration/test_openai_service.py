@@ -29,7 +29,7 @@ def sdk_of(service: RunningService, key: str = "any") -> OpenAI:
 
 def test_the_sdk_s_flow_works_from_create_to_delete(service: RunningService) -> None:
     with sdk_of(service) as sdk:
-        video = sdk.videos.create_and_poll(prompt=PROMPT, model="wan-tiny", seconds="1", size="112x64")
+        video = sdk.videos.create_and_poll(prompt=PROMPT, model="wan-random", seconds="1", size="112x64")
         assert (video.status, video.progress, video.seconds, video.size) == ("completed", 100, "1", "112x64")
         assert video._request_id
         content = sdk.videos.download_content(video.id)

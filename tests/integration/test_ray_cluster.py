@@ -6,11 +6,11 @@ Only what a laptop lacks is changed, by the environment: the model is the tiny o
 import json
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from random_wan import model_variables
 from ray_cluster.control import RayCluster
 from s3_servers.ministack import BUCKETS
 from s3_servers.process import S3Server
@@ -91,13 +91,12 @@ def api_key() -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def cluster(
-    ministack: S3Server, tiny_folder: Path, api_key: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
+    ministack: S3Server, api_key: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RayCluster]:
     folder = tmp_path_factory.mktemp("cluster")
     environment = {
         "WAN_DATA_DIR": str(folder / "data"),
-        "WAN_MODEL__PROFILE": "wan-tiny",
-        "WAN_MODEL__PATH": str(tiny_folder),
+        **model_variables(),
         "WAN_MODEL__DEVICE": "cpu",
         "WAN_MODEL__TEXT_DTYPE": "auto",
         "WAN_TEXT__NUM_THREADS": "1",

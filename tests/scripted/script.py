@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from random_wan import RANDOM_WAN
+
 from schemas.batches import Batch, BatchCounts
 from schemas.clips import Clip, Timings
 from schemas.errors import (
@@ -21,7 +23,6 @@ from schemas.errors import (
     RenderFailed,
 )
 from schemas.jobs import Job, JobState, Progress, clip_id_of
-from schemas.official_profiles import WAN_TINY
 from schemas.requests import GenerateRequest
 
 ENDED = {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}
@@ -100,8 +101,8 @@ class Script:
             at={JobState.QUEUED: now},
             request_id="request-1",
             batch_id=batch_id,
-            model="wan-tiny",
-            parameters=WAN_TINY.resolve(request),
+            model="wan-random",
+            parameters=RANDOM_WAN.resolve(request),
             priority="normal",
             attempts=1,
             position=0,
@@ -134,7 +135,7 @@ class Script:
             state="ended" if ended else "running",
             created_at=jobs[0].created_at,
             request_id="request-1",
-            model="wan-tiny",
+            model="wan-random",
             total=len(jobs),
             counts=BatchCounts(**{s.value: count[s] for s in JobState if s.value in BatchCounts.model_fields}),
             seconds_left=None if ended else 3.0,

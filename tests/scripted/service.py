@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import uvicorn
+from random_wan import RANDOM_WAN
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -32,7 +33,6 @@ from schemas.errors import (
 )
 from schemas.health import Health, ModelHealth, QueueHealth, StorageHealth
 from schemas.jobs import JobState, batch_id_from, item_id, job_id_from, job_id_of
-from schemas.official_profiles import WAN_TINY
 from schemas.requests import GenerateRequest
 from scripted.script import ENDED, Script, clip_bytes
 
@@ -161,14 +161,14 @@ def scripted_app(script: Script) -> ASGIApp:
         return Response(content[:-1] + b"!" if clip_id in script.damaged else content, media_type="video/mp4")
 
     async def models(request: Request) -> Response:
-        return JSONResponse([WAN_TINY.model_dump(mode="json")])
+        return JSONResponse([RANDOM_WAN.model_dump(mode="json")])
 
     async def health(request: Request) -> Response:
         return answer(
             Health(
                 status="ok",
                 reason=None,
-                model=ModelHealth(profile="wan-tiny", revision=None, loaded=True, dtype="float32", device="cpu"),
+                model=ModelHealth(profile="wan-random", revision=None, loaded=True, dtype="float32", device="cpu"),
                 gpu=None,
                 queue=QueueHealth(waiting=1, running=2, capacity=3),
                 storage=StorageHealth(kind="local", reachable=True),

@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 import uvicorn
+from random_wan import RANDOM_WAN
 
 from schemas.clips import Timings
 from schemas.errors import StoreUnavailable
 from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask, Started, TextEmbedding
 from schemas.health import GeneratorHealth, ModelHealth
 from schemas.jobs import Progress, RenderedClip
-from schemas.official_profiles import WAN_TINY
 from schemas.requests import GenerationParameters
 from serve_graph.api.app import create_api
 from serve_graph.api.auth import Authenticator
@@ -144,7 +144,7 @@ class SlowWorker:
                 return
 
     async def health(self) -> GeneratorHealth:
-        model = ModelHealth(profile="wan-tiny", revision=None, loaded=True, dtype="float32", device="cpu")
+        model = ModelHealth(profile="wan-random", revision=None, loaded=True, dtype="float32", device="cpu")
         return GeneratorHealth(model=model, gpu=None)
 
 
@@ -169,7 +169,7 @@ def serve(plan: Plan) -> None:
     opened, log, registry = open_signed_store(settings), WorkLog(plan.log), new_registry()
     metrics, worker = IngressMetrics(registry), SlowWorker(opened, log, plan.step_s, executor)
     jobs = JobService(
-        profile=WAN_TINY,
+        profile=RANDOM_WAN,
         worker=worker,
         records=CountingRecords(opened, log, jumping_clock=plan.jumping_clock),
         presigner=opened.presigner,
@@ -194,7 +194,7 @@ def serve(plan: Plan) -> None:
 
     app = create_api(
         Service(jobs, monitor, exposition),
-        profile=WAN_TINY,
+        profile=RANDOM_WAN,
         metrics=metrics,
         max_body_bytes=64 * 1024,
         authenticator=Authenticator(None, protect_monitoring=False),

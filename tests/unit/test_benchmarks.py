@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from random_wan import RANDOM_WAN
 
 from benchmarks import trace
 from benchmarks.figures import Measure, at_most, keeps_rate, no_slower, ratios, spread, within_overhead
@@ -27,7 +28,6 @@ from benchmarks.report import (
 )
 from benchmarks.workload import IN_FLIGHT, closed_loop, request
 from schemas.clips import Timings
-from schemas.official_profiles import WAN_TINY
 from serve_graph.settings import EncodeSettings, EngineSettings, TextSettings
 
 
@@ -38,8 +38,8 @@ def make_report(*, rate: float = 9.0) -> Report:
         machine=Machine(cpu="A CPU", num_cores=2, memory_bytes=8 * 2**30, load=0.25),
         versions={"python": "3.11.0"},
         asked=Asked(
-            model=WAN_TINY.name,
-            parameters=WAN_TINY.resolve(request(0)),
+            model=RANDOM_WAN.name,
+            parameters=RANDOM_WAN.resolve(request(0)),
             engine=EngineSettings(),
             text=TextSettings(),
             encode=EncodeSettings(),
@@ -88,9 +88,9 @@ def test_no_two_requests_share_a_prompt() -> None:
 
 
 def test_requests_are_the_profiles_default_but_for_prompt_and_seed() -> None:
-    parameters = WAN_TINY.resolve(request(7)).model_dump(exclude={"prompt", "seed"})
+    parameters = RANDOM_WAN.resolve(request(7)).model_dump(exclude={"prompt", "seed"})
 
-    assert parameters == WAN_TINY.resolve(request(8)).model_dump(exclude={"prompt", "seed"})
+    assert parameters == RANDOM_WAN.resolve(request(8)).model_dump(exclude={"prompt", "seed"})
     assert request(7).model_fields_set == {"prompt", "seed"}
 
 

@@ -6,9 +6,9 @@ from datetime import UTC, datetime
 
 import pytest
 from pydantic import ValidationError
+from random_wan import RANDOM_WAN
 
 from schemas.jobs import TRANSITIONS, JobRecord, JobState, clip_id_of, job_id_of, new_job_id
-from schemas.official_profiles import WAN_TINY
 from schemas.requests import GenerateRequest
 
 TERMINAL = {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.DELETED}
@@ -83,7 +83,7 @@ def _record() -> JobRecord:
         at={JobState.QUEUED: datetime(2026, 11, 5, tzinfo=UTC)},
         attempt_token="0123456789abcdef",
         request=request,
-        parameters=WAN_TINY.resolve(request),
-        model="wan-tiny",
+        parameters=RANDOM_WAN.resolve(request),
+        model="wan-random",
         prompt_hash="0" * 16,
     )

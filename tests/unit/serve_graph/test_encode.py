@@ -19,7 +19,7 @@ from serve_graph.settings import EncodeSettings
 
 Frames = npt.NDArray[np.uint8]
 
-METADATA: dict[str, str | int] = {"model": "wan-tiny", "seed": 7}
+METADATA: dict[str, str | int] = {"model": "wan-random", "seed": 7}
 
 
 def moving_square(num_frames: int = 9, width: int = 64, height: int = 64) -> Frames:

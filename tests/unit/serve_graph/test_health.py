@@ -32,7 +32,7 @@ class KnownJobs:
 
 
 def generator_health(loaded: bool = True) -> GeneratorHealth:
-    model = ModelHealth(profile="wan-tiny", revision=None, loaded=loaded, dtype="float32", device="cpu")
+    model = ModelHealth(profile="wan-random", revision=None, loaded=loaded, dtype="float32", device="cpu")
     return GeneratorHealth(model=model, gpu=None)
 
 

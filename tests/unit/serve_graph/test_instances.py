@@ -17,7 +17,7 @@ from storage.keys import instance_key
 from storage.local import LocalStore
 
 HEALTH = GeneratorHealth(
-    model=ModelHealth(profile="wan-tiny", revision=None, loaded=True, dtype="float32", device="cpu"), gpu=None
+    model=ModelHealth(profile="wan-random", revision=None, loaded=True, dtype="float32", device="cpu"), gpu=None
 )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
+from random_wan import RANDOM_WAN
 from support import CLIP_BYTES, PATIENCE_S, PROGRESS, PUBLIC_URL, STAGES_S, Jobs, LogLines, open_jobs
 
 from schemas.errors import (
@@ -33,7 +34,6 @@ from schemas.errors import (
     WorkerLost,
 )
 from schemas.jobs import Job, JobState, clip_id_of
-from schemas.official_profiles import WAN_TINY
 from schemas.requests import GenerateRequest
 from serve_graph.jobs.admission import MAX_RETRY_AFTER_S
 from serve_graph.logs import LOGGER_NAME, configure_logging
@@ -113,7 +113,7 @@ async def test_submit_returns_the_record_as_it_was_created(jobs: Jobs) -> None:
     assert record.request_id == "request-1"
     assert record.request == REQUEST
     assert record.parameters.seed == 7
-    assert record.model == "wan-tiny"
+    assert record.model == "wan-random"
     assert PROMPT not in record.prompt_hash
     await jobs.service.wait(record.job_id)
 
@@ -318,8 +318,8 @@ async def test_submit_admits_exactly_the_bound_when_fifty_come_at_once(tmp_path:
     ("changes", "is_asked"),
     [
         ({}, False),
-        ({"prompt": "x" * (WAN_TINY.max_sequence_length - 2)}, False),
-        ({"prompt": "x" * (WAN_TINY.max_sequence_length - 1)}, True),
+        ({"prompt": "x" * (RANDOM_WAN.max_sequence_length - 2)}, False),
+        ({"prompt": "x" * (RANDOM_WAN.max_sequence_length - 1)}, True),
         ({"prompt": "ein Käuzchen"}, True),
         ({"prompt": "caf&eacute;"}, True),
         ({"negative_prompt": "blurred"}, False),

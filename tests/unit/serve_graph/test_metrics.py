@@ -244,9 +244,9 @@ def test_generator_counts_upload_errors_by_problem(
 
 def test_generator_says_one_model_only(registry: CollectorRegistry, value: ReadValue) -> None:
     metrics = GeneratorMetrics(registry)
-    metrics.set_model("wan-tiny", None, "float32", "cpu")
+    metrics.set_model("wan-random", None, "float32", "cpu")
     metrics.set_model("wan2.1-t2v-14b", "abc", "bfloat16", "cuda:0")
-    assert value("wan_model_info", profile="wan-tiny", revision="", dtype="float32", device="cpu") is None
+    assert value("wan_model_info", profile="wan-random", revision="", dtype="float32", device="cpu") is None
     loaded = {"profile": "wan2.1-t2v-14b", "revision": "abc", "dtype": "bfloat16", "device": "cuda:0"}
     assert value("wan_model_info", **loaded) == 1
 

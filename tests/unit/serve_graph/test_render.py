@@ -76,7 +76,7 @@ def make_renderer(
     def make(**changes: Any) -> Renderer:
         usual: dict[str, Any] = {
             "store": store,
-            "model": "wan-tiny",
+            "model": "wan-random",
             "spool": spool,
             "encode": EncodeSettings(),
             "executor": executor,
@@ -234,7 +234,7 @@ async def test_render_writes_model_and_seed_and_never_the_prompt(
     await collect(renderer.render(make_task(seed=4711), prompt))
 
     data = store.get(KEY).body
-    assert b'{"model": "wan-tiny", "seed": 4711}' in data
+    assert b'{"model": "wan-random", "seed": 4711}' in data
     for word in PROMPT.split():
         assert word == "a" or word.encode() not in data
 
@@ -459,7 +459,7 @@ async def test_render_fails_the_job_when_the_encoder_cannot_start(
 @pytest.fixture
 def make_encoder(tmp_path: Path, executor: ThreadPoolExecutor, task: RenderTask) -> Callable[..., ClipEncoder]:
     def make(path: Path = tmp_path / "clip.mp4", **changes: Any) -> ClipEncoder:
-        factory = Mp4Factory(path, task, "wan-tiny", EncodeSettings(**changes))
+        factory = Mp4Factory(path, task, "wan-random", EncodeSettings(**changes))
         return ClipEncoder(factory, executor)
 
     return make

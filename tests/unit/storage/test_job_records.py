@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from random_wan import RANDOM_WAN
 
 from schemas.clips import Timings
 from schemas.errors import JobNotFound, RenderFailed
 from schemas.jobs import TRANSITIONS, JobRecord, JobState, RenderedClip, new_job_id
-from schemas.official_profiles import WAN_TINY
 from schemas.requests import GenerateRequest
 from storage.job_records import IllegalTransition, JobRecords, RecordUnreadable
 from storage.keys import clip_key, job_key
@@ -42,8 +42,8 @@ def new_record(state: JobState = JobState.QUEUED, **changes: Any) -> JobRecord:
         "at": {JobState.QUEUED: NOW},
         "attempt_token": "token",
         "request": request,
-        "parameters": WAN_TINY.resolve(request),
-        "model": WAN_TINY.name,
+        "parameters": RANDOM_WAN.resolve(request),
+        "model": RANDOM_WAN.name,
         "prompt_hash": "hash",
     }
     return JobRecord(**(fields | changes))

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from random_wan import RANDOM_WAN
 
 from schemas.batches import BatchCounts, BatchItem, BatchManifest, BatchSummary
 from schemas.clips import Timings
 from schemas.errors import JobNotFound
 from schemas.jobs import JobRecord, JobState, Lease, RenderedClip, item_id, new_batch_id, new_job_id
-from schemas.official_profiles import WAN_TINY
 from schemas.requests import GenerateRequest
 from schemas.webhooks import WebhookDelivery
 from storage.batch_records import BatchDeleted, BatchRecords
@@ -76,8 +76,8 @@ def ended(jobs: JobRecords, store: LocalStore) -> Ended:
             "at": dict.fromkeys((JobState.QUEUED, JobState.PREPARING, JobState.RUNNING, JobState.SUCCEEDED), at),
             "attempt_token": "token",
             "request": REQUEST,
-            "parameters": WAN_TINY.resolve(REQUEST),
-            "model": "wan-tiny",
+            "parameters": RANDOM_WAN.resolve(REQUEST),
+            "model": "wan-random",
             "prompt_hash": "hash",
             "result": RenderedClip(key=key, size_bytes=1, sha256="0" * 64, timings=Timings()),
         }
@@ -236,11 +236,11 @@ def test_batches_that_ended_long_ago_are_deleted_with_all_of_their_jobs(
         request_id="request-1",
         principal="alice",
         created_at=clock.now,
-        model="wan-tiny",
+        model="wan-random",
         total=1,
         request_digest="0" * 64,
     )
-    item = BatchItem(request=REQUEST, parameters=WAN_TINY.resolve(REQUEST))
+    item = BatchItem(request=REQUEST, parameters=RANDOM_WAN.resolve(REQUEST))
     batches.create(manifest, item.model_dump_json().encode() + b"\n")
     clock.now = NOW
     assert upkeep.delete_expired_batches(KEPT) == 0  # it has not ended

@@ -11,11 +11,11 @@ from urllib.parse import unquote
 import httpx
 import numpy as np
 from fastapi import FastAPI
+from random_wan import RANDOM_WAN
 from support import PUBLIC_URL, Jobs, LogLines, open_jobs
 
 from schemas.errors import WanError
 from schemas.health import GeneratorHealth, ModelHealth
-from schemas.official_profiles import WAN_TINY
 from serve_graph.api.app import create_api
 from serve_graph.api.auth import Authenticator
 from serve_graph.api.clip_files import SignedClips
@@ -36,7 +36,7 @@ class ScriptedProbe:
     problem: WanError | None = None
     health_now: GeneratorHealth = field(
         default_factory=lambda: GeneratorHealth(
-            model=ModelHealth(profile="wan-tiny", revision=None, loaded=True, dtype="float32", device="cpu"),
+            model=ModelHealth(profile="wan-random", revision=None, loaded=True, dtype="float32", device="cpu"),
             gpu=None,
         )
     )
@@ -78,7 +78,7 @@ async def open_api(
 
         app = create_api(
             Service(jobs.service, monitor, exposition),
-            profile=WAN_TINY,
+            profile=RANDOM_WAN,
             metrics=jobs.metrics,
             max_body_bytes=MAX_BODY_BYTES,
             authenticator=authenticator,

@@ -66,10 +66,10 @@ async def test_create_and_poll_gives_a_completed_video_with_all_that_made_it(api
         "seed": 7,
         "fps": 8,
     }
-    video = await make(sdk, model="wan-tiny", seconds="2", size="112x64", extra_body=extras)
+    video = await make(sdk, model="wan-random", seconds="2", size="112x64", extra_body=extras)
 
     assert (video.object, video.status, video.progress, video.error) == ("video", "completed", 100, None)
-    assert (video.model, video.prompt, video.seconds, video.size) == ("wan-tiny", PROMPT, "2", "112x64")
+    assert (video.model, video.prompt, video.seconds, video.size) == ("wan-random", PROMPT, "2", "112x64")
     assert video.model_extra is not None
     assert extras.items() <= video.model_extra.items()
     assert 0.5 <= video.model_extra["inference_time_s"] < 10  # the script's 0.3 s and 0.2 s, and a real text stage
@@ -292,7 +292,7 @@ async def test_delete_of_a_running_video_is_a_conflict_that_is_not_sent_again(ap
         ({"size": "64x64", "extra_body": {"width": 64, "height": 64}}, None, "not both"),
         ({"extra_body": {"width": 64}}, None, "go together"),
         ({"extra_body": {"width": 65, "height": 64}}, "width", "nearest: 64x64"),
-        ({"model": "sora-2"}, "model", "legal: wan-tiny"),
+        ({"model": "sora-2"}, "model", "legal: wan-random"),
         ({"extra_body": {"fps": 7}}, "fps", "legal: one of"),
         ({"extra_body": {"fps": 7}, "seconds": "1"}, "fps", "legal: one of"),
         ({"extra_body": {"num_frames": 80}}, "num_frames", "nearest: 77, 81"),

@@ -11,12 +11,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from random_wan import RANDOM_WAN
 from support import PUBLIC_URL, Clock, ScriptedWorker
 
 from schemas.batches import Batch, BatchResult
 from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask
 from schemas.jobs import JobState
-from schemas.official_profiles import WAN_TINY
 from schemas.requests import GenerateRequest
 from serve_graph.api_keys import NOBODY, Principal
 from serve_graph.jobs import JobService, Patiences, QueueLimits
@@ -122,7 +122,7 @@ def served(
     worker, records = CountingWorker(store), JobRecords(store)
     with ThreadPoolExecutor(max_workers=8) as executor:
         service = JobService(
-            profile=WAN_TINY,
+            profile=RANDOM_WAN,
             worker=worker,
             records=records,
             presigner=LocalPresigner(PUBLIC_URL, b"s" * 32, now=Clock()),

@@ -209,6 +209,6 @@ def test_unknown_job_fails(wan_serve: Run) -> None:
 
 def test_models_and_health_print_for_people_and_as_json(wan_serve: Run) -> None:
     assert "4k+1" in wan_serve("models").stdout
-    assert json.loads(wan_serve("models", "--json").stdout)["models"][0]["name"] == "wan-tiny"
+    assert json.loads(wan_serve("models", "--json").stdout)["models"][0]["name"] == "wan-random"
     assert "1 wait, 2 run; room for 3" in wan_serve("health").stdout
     assert json.loads(wan_serve("health", "--json").stdout)["status"] == "ok"

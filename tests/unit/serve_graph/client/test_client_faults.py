@@ -84,7 +84,7 @@ def test_service_that_comes_back_is_waited_for(scripted: ScriptedService) -> Non
             scripted.start()
 
     with client_of(scripted, on_trouble=bring_back) as client:
-        assert client.models()[0].name == "wan-tiny"
+        assert client.models()[0].name == "wan-random"
 
 
 @pytest.mark.parametrize("cut_after", [1, 2])

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
+from random_wan import RANDOM_WAN
 
 from schemas.handoff import PreparedPrompt, TextEmbedding
-from schemas.official_profiles import WAN_TINY
 from schemas.requests import GenerationParameters
 from serve_graph.engine.checkpoint import GeneratorParts
 from serve_graph.engine.denoise import Denoising, denoise_step, initial_latents, own_scheduler, pad_embedding
 
-TEXT_LENGTH = WAN_TINY.max_sequence_length
+TEXT_LENGTH = RANDOM_WAN.max_sequence_length
 
 MakeDenoising = Callable[..., Denoising]
 

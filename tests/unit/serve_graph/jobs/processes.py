@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from random_wan import RANDOM_WAN
 from support import PATIENCE_S, Jobs, open_jobs
 
 from schemas.clips import Timings
 from schemas.errors import Problem, RecordedFailure
 from schemas.jobs import JobRecord, JobState, RenderedClip, new_job_id
-from schemas.official_profiles import WAN_TINY
 from schemas.requests import GenerateRequest
 from storage.job_records import JobChanges
 from storage.keys import clip_key
@@ -98,8 +98,8 @@ def recorded(
         at={JobState.QUEUED: created},
         attempt_token="0123456789abcdef",
         request=REQUEST,
-        parameters=WAN_TINY.resolve(REQUEST),
-        model=WAN_TINY.name,
+        parameters=RANDOM_WAN.resolve(REQUEST),
+        model=RANDOM_WAN.name,
         prompt_hash="hash",
     )
     etag = jobs.records.create(record)

@@ -17,11 +17,11 @@ from typing import Any
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from random_wan import RANDOM_WAN
 
 from schemas.clips import Timings
 from schemas.errors import JobCancelled, JobNotFound, StoreUnavailable
 from schemas.jobs import TRANSITIONS, JobRecord, JobState, RenderedClip, Tombstone, job_id_from
-from schemas.official_profiles import WAN_TINY
 from schemas.requests import GenerateRequest
 from serve_graph.jobs.limits import MIN_ORPHAN_S, Patiences
 from serve_graph.jobs.live import LiveJob
@@ -157,7 +157,7 @@ class Owner:
         self.sweeper = Sweeper(
             self.recorder,
             patiences,
-            model=WAN_TINY.name,
+            model=RANDOM_WAN.name,
             jobs=self,
             batches=NoBatches(),
             monotonic=lambda: self.store.seconds,
@@ -249,8 +249,8 @@ class JobMachine(RuleBasedStateMachine):
             at={JobState.QUEUED: created},
             attempt_token=f"first{self.created}",
             request=REQUEST,
-            parameters=WAN_TINY.resolve(REQUEST),
-            model=WAN_TINY.name,
+            parameters=RANDOM_WAN.resolve(REQUEST),
+            model=RANDOM_WAN.name,
             prompt_hash="hash",
         )
         if killed:  # between the entry and the record

@@ -50,7 +50,7 @@ class Clocked:
         self.sweeper = Sweeper(
             service._recorder,
             Patiences(worker_s=0, store_s=0, lease_s=LEASE_S),
-            model="wan-tiny",
+            model="wan-random",
             jobs=self.told,
             batches=service.batches,
             monotonic=lambda: self.seconds,

@@ -1,113 +1,22 @@
-"""Weights from a hub: whole or not there. The hub is one on loopback with the few routes that the client uses."""
+"""Weights from a hub: whole or not there. The hub is one on loopback."""
 
-import hashlib
+import contextlib
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlparse
 
 import pytest
+from hub_on_loopback import COMMIT, LARGE, PROFILE, SMALL, Hub
 
 from schemas.errors import ModelNotReady
-from schemas.official_profiles import PROFILES, WAN_TINY
+from schemas.official_profiles import WAN_TINY
 from serve_graph.on_modal.weights import INVENTORY, check_whole, fetch
-
-PROFILE = PROFILES["wan2.1-t2v-1.3b"]
-COMMIT = "c" * 40
-SMALL, LARGE = "model_index.json", "transformer/diffusion_pytorch_model.safetensors"
-
-
-class Hub:
-    """files: path to bytes. cut: bytes of a file that are sent before the connection breaks, once."""
-
-    def __init__(self) -> None:
-        self.files = {SMALL: b'{"_class_name": "WanPipeline"}', LARGE: bytes(range(256)) * 4096}
-        self.told = dict(self.files)
-        self.asked: list[str] = []
-        self.cut: dict[str, int] = {}
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:  # the base class's name for it
-                hub.answer(self)
-
-            do_HEAD = do_GET  # noqa: N815  # the base class's name for it
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.thread = threading.Thread(target=self.server.serve_forever)
-        self.thread.start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
-
-    def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        path = urlparse(handler.path).path
-        self.asked.append(f"{handler.command} {path} {handler.headers.get('Range', '')}".strip())
-        if path.startswith(f"/api/models/{PROFILE.hub_id}"):
-            told = self.tree() if "/tree/" in path else self.info()
-            self.send(handler, json.dumps(told).encode(), {"Content-Type": "application/json"})
-            return
-        name = path.removeprefix(f"/{PROFILE.hub_id}/resolve/{COMMIT}/")
-        if name not in self.files:
-            self.send(handler, b"", {"X-Error-Code": "EntryNotFound"}, status=404)
-            return
-        body = self.files[name]
-        headers = {"ETag": f'"{hashlib.sha256(self.told[name]).hexdigest()}"', "X-Repo-Commit": COMMIT}
-        start = int((handler.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
-        self.send(handler, body[start:], headers, status=206 if start else 200, cut=self.cut.pop(name, None))
-
-    def send(
-        self,
-        handler: BaseHTTPRequestHandler,
-        body: bytes,
-        headers: dict[str, str],
-        status: int = 200,
-        cut: int | None = None,
-    ) -> None:
-        handler.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            handler.send_header(name, value)
-        handler.end_headers()
-        if handler.command == "GET":
-            handler.wfile.write(body[:cut])
-            handler.close_connection = cut is not None
-
-    def tree(self) -> list[dict[str, Any]]:
-        return [{"type": "file", "path": name, "size": len(body), "oid": "b" * 40} for name, body in self.told.items()]
-
-    def info(self) -> dict[str, Any]:
-        siblings = [
-            {"rfilename": SMALL, "size": len(self.told[SMALL]), "blobId": "b" * 40},
-            {
-                "rfilename": LARGE,
-                "size": len(self.told[LARGE]),
-                "blobId": "b" * 40,
-                "lfs": {
-                    "sha256": hashlib.sha256(self.told[LARGE]).hexdigest(),
-                    "size": len(self.told[LARGE]),
-                    "pointerSize": 135,
-                },
-            },
-        ]
-        return {"id": PROFILE.hub_id, "sha": COMMIT, "siblings": siblings, "private": False, "tags": [], "downloads": 0}
 
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    opened = Hub()
-    yield opened
-    opened.close()
+    with contextlib.closing(Hub()) as opened:
+        yield opened
 
 
 def test_weights_come_whole_from_one_commit_and_are_not_fetched_again(tmp_path: Path, hub: Hub) -> None:

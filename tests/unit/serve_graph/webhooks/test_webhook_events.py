@@ -3,9 +3,9 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from random_wan import RANDOM_WAN
 
 from schemas.jobs import JobRecord, JobState, new_job_id
-from schemas.official_profiles import WAN_TINY
 from schemas.requests import GenerateRequest
 from schemas.webhooks import webhook_id
 from serve_graph.webhooks.events import job_event
@@ -25,8 +25,8 @@ def record(state: JobState) -> JobRecord:
         at={JobState.QUEUED: BEGAN, state: ENDED},
         attempt_token="token",
         request=request,
-        parameters=WAN_TINY.resolve(request),
-        model=WAN_TINY.name,
+        parameters=RANDOM_WAN.resolve(request),
+        model=RANDOM_WAN.name,
         prompt_hash="hash",
     )
 
