@@ -9,7 +9,6 @@ import logging
 import os
 import secrets
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -27,6 +26,7 @@ from serve_graph.logs import configure_logging, log_event
 from serve_graph.niceness import RAY_WORKER_NICENESS
 from serve_graph.open_ports import refused_port
 from serve_graph.proxy import CALLBACK
+from serve_graph.replica_lines import ReplicaLines
 from serve_graph.settings import ConfigError, Settings, accepted_keys, check_cluster, read_settings, webhook_signer
 from serve_graph.stores import prepare_store
 from storage.s3_probe import UnfitStore
@@ -264,7 +264,7 @@ def ray_runtime(num_gpus: int | None = None) -> Iterator[None]:
         log_to_driver=True,
     )
     worker_output.remove_handler("ray_print_logs")
-    worker_output.add_handler("wan", _forward_log_lines)
+    worker_output.add_handler("wan", ReplicaLines())  # Ray's own talk stays in its session's log files
     try:
         yield
     finally:
@@ -279,13 +279,6 @@ def _token_file(data_dir: Path) -> Path:
     with os.fdopen(descriptor, "w") as file:
         file.write(secrets.token_hex(32))
     return Path(name)
-
-
-def _forward_log_lines(batch: dict[str, Any]) -> None:
-    """Our replicas' JSON lines go to stderr as they are; Ray's own talk stays in its session's log files."""
-    for line in batch.get("lines", ()):
-        if line.startswith('{"time": '):
-            print(line, file=sys.stderr, flush=True)
 
 
 def deploy(schema: "ServeDeploySchema", app_name: str, stopping: threading.Event) -> None:

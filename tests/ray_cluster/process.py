@@ -144,13 +144,14 @@ def _deploy(cluster: LocalCluster, config: ServeConfig) -> None:
     import ray
     from ray._private.ray_logging import global_worker_stdstream_dispatcher as worker_output
 
-    from serve_graph.server import _deploy, _forward_log_lines, check_schema
+    from serve_graph.replica_lines import ReplicaLines
+    from serve_graph.server import check_schema, deploy
 
     schema = check_schema(config.serve)
     ray.init(address=cluster.address, namespace="serve", configure_logging=False, log_to_driver=True)
     worker_output.remove_handler("ray_print_logs")
-    worker_output.add_handler("wan", _forward_log_lines)
-    _deploy(schema, config.app_name, threading.Event())
+    worker_output.add_handler("wan", ReplicaLines())
+    deploy(schema, config.app_name, threading.Event())
 
 
 def _obey(cluster: LocalCluster, app_name: str, command: str, number: int = 0, limit_s: int = 0) -> dict[str, Any]:
