@@ -205,7 +205,7 @@ def coldstart(count: int = 10) -> None:
     from serve_graph.on_modal.coldstart import measure
 
     deployed = modal.Cls.from_name(OPTIONS.modal_app, "Generator")()
-    measure(deployed.generate, deployed.started, count, OPTIONS)
+    measure(deployed, count, OPTIONS)
 
 
 @app.local_entrypoint()

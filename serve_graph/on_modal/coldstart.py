@@ -12,16 +12,16 @@ SCALE_DOWN_S: Final = 2
 MAX_WAIT_S: Final = 900
 
 
-def measure(generate: Any, started: Any, count: int, options: ModalOptions) -> None:
-    """generate, started: methods of the deployed generator. Its autoscaler is put back as it was."""
+def measure(generator: Any, count: int, options: ModalOptions) -> None:
+    """generator: an instance of the deployed class. Its autoscaler is put back as it was."""
     seconds, awake, failures, starts = [], [], 0, []
-    generate.update_autoscaler(scaledown_window=SCALE_DOWN_S, min_containers=0, buffer_containers=0)
+    generator.update_autoscaler(scaledown_window=SCALE_DOWN_S, min_containers=0, buffer_containers=0)
     try:
         for number in range(count):
-            _wait_until_none(generate)
+            _wait_until_none(generator.started)
             began = time.monotonic()
             try:
-                container = started.remote()
+                container = generator.started.remote()
             except Exception as failure:
                 failures += 1
                 print(f"{number + 1}/{count}: {type(failure).__name__}: {failure}", flush=True)
@@ -31,7 +31,7 @@ def measure(generate: Any, started: Any, count: int, options: ModalOptions) -> N
             starts.append(container["start"])
             print(f"{number + 1}/{count}: {seconds[-1]:.2f} s, {container['start']}, {container['gpu']}", flush=True)
     finally:
-        generate.update_autoscaler(
+        generator.update_autoscaler(
             scaledown_window=options.scaledown_window,
             min_containers=options.min_containers,
             buffer_containers=options.buffer_containers,
@@ -55,9 +55,9 @@ def summary(
     }
 
 
-def _wait_until_none(generate: Any) -> None:
+def _wait_until_none(started: Any) -> None:
     deadline = time.monotonic() + MAX_WAIT_S
-    while generate.get_current_stats().num_total_runners:
+    while started.get_current_stats().num_total_runners:
         if time.monotonic() > deadline:
             raise TimeoutError("a container stays up: is somebody using the service?")
         time.sleep(POLL_S)

@@ -226,6 +226,13 @@ class Calls:
             num_running_inputs=sum(len(container.running) for container in function.containers),
         )
 
+    async def FunctionUpdateSchedulingParams(
+        self, request: api_pb2.FunctionUpdateSchedulingParamsRequest
+    ) -> api_pb2.FunctionUpdateSchedulingParamsResponse:
+        settings = self._function(request.function_id).proto.autoscaler_settings
+        settings.MergeFrom(request.settings)
+        return api_pb2.FunctionUpdateSchedulingParamsResponse(current_settings=settings)
+
     # Data between: of a web request and its answer, and of generators
 
     async def FunctionCallGetDataIn(

@@ -64,6 +64,11 @@ class Generator:
         self.looks = 0
         self.starts = 0
 
+    @property
+    def started(self) -> "Generator":
+        """Its method, which has its own `remote` and `get_current_stats`."""
+        return self
+
     def update_autoscaler(self, **settings: int) -> None:
         self.autoscaler.append(settings)
 
@@ -85,7 +90,7 @@ def test_cold_starts_are_counted_failures_too_and_the_autoscaler_put_back(
     monkeypatch.setattr("serve_graph.on_modal.coldstart.OUT", tmp_path)
     monkeypatch.setattr("serve_graph.on_modal.coldstart.POLL_S", 0)
 
-    measure(generator, generator, 3, ModalOptions())
+    measure(generator, 3, ModalOptions())
 
     record = json.loads((tmp_path / "coldstart.json").read_text())
     assert (record["count"], record["failures"], record["rebuilt"], record["awake_p50_s"]) == (3, 1, 0, 0.5)
