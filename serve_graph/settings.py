@@ -66,6 +66,10 @@ def parse_profile(value: Any) -> Any:
     return PROFILES[value]
 
 
+STOP_POLL_S = 0.1
+"""How often a replica that stops looks whether its last request has ended. Serve's own 2 s is how long a stop takes."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 

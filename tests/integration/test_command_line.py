@@ -5,15 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
-from schemas.jobs import Job, JobState
-from schemas.requests import GenerateRequest
+from schemas.jobs import JobState
 from serve_graph.client import WanClient
 from serve_graph.doctor import examine
 from serve_graph.findings import Mark
-from tests.integration.service import RunningService, free_port
+from tests.integration.service import RunningService
 
 LONG = ["a long one", "--num-frames", "81", "--steps", "100", "--resolution", "128p"]
 
@@ -70,33 +68,6 @@ def test_ctrl_c_cancels_a_running_job(service: RunningService, tmp_path: Path) -
     assert f"interrupted: {job_id} is " in errors
     with WanClient(service.base) as client:
         assert client.wait(job_id).state is JobState.CANCELLED
-
-
-def test_client_follows_a_job_through_a_restart_of_the_service(tmp_path: Path) -> None:
-    port = free_port()
-    queue = {"drain_timeout_s": 0.1, "lease_s": 3}
-    service = RunningService(tmp_path, port=port, queue=queue).wait_ready()
-    seen: list[Job] = []
-    running = threading.Event()
-
-    def look(job: Job) -> None:
-        seen.append(job)
-        if job.progress is not None:
-            running.set()
-
-    with WanClient(service.base, patience_s=120) as client:
-        job = client.submit(GenerateRequest(prompt="a long one", num_frames=81, num_inference_steps=100, seed=1))
-        ended: list[Job] = []
-        waiting = threading.Thread(target=lambda: ended.append(client.wait(job.job_id, look)))
-        waiting.start()
-        assert running.wait(30)
-        service.kill()
-        service = RunningService(tmp_path, port=port, queue=queue).wait_ready()
-        waiting.join(90)
-        service.stop()
-
-    assert [job.state for job in ended] == [JobState.SUCCEEDED]
-    assert seen[-1] == ended[0]
 
 
 def test_doctor_knows_a_service_that_runs_here(service: RunningService) -> None:

@@ -1,47 +1,21 @@
-"""Jobs on the real service: asynchronous, idempotent, cancelled, and resumed after the whole service was killed."""
+"""Jobs on the real service: asynchronous, idempotent, cancelled, listed."""
 
-import json
-import random
-import signal
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import httpx
-import psutil
-import pytest
+from async_jobs import PROMPT, events, submit
 from prometheus_client.parser import text_string_to_metric_families
 from service import RunningService
 
 from schemas.clips import Clip
 from schemas.jobs import Job, JobState
 
-PROMPT = "a red circle moving left"
-ASYNC = {"Prefer": "respond-async"}
-KILLS = 3
-LEASE_S = 2.0
-
-
-def submit(http: httpx.Client, key: str | None = None, **fields: Any) -> Job:
-    headers = ASYNC | ({"Idempotency-Key": key} if key else {})
-    answer = http.post("/generate", json={"prompt": PROMPT, **fields}, headers=headers)
-    assert answer.status_code == 202, answer.text
-    return Job.model_validate_json(answer.content)
-
 
 def job_of(http: httpx.Client, job_id: str) -> Job:
     answer = http.get(f"/jobs/{job_id}")
     assert answer.status_code == 200, answer.text
     return Job.model_validate_json(answer.content)
-
-
-def events(http: httpx.Client, job_id: str) -> Iterator[Job]:
-    with http.stream("GET", f"/jobs/{job_id}/events") as answer:
-        assert answer.headers["content-type"].startswith("text/event-stream")
-        for line in answer.iter_lines():
-            if line.startswith("data: "):
-                yield Job.model_validate_json(line.removeprefix("data: "))
 
 
 def steps(http: httpx.Client) -> dict[str, float]:
@@ -147,81 +121,3 @@ def test_jobs_are_listed_and_deleted(service: RunningService) -> None:
         assert http.get(f"/outputs/{clip_id}").json()["type"].endswith("clip-gone")
         assert http.get(url).status_code == 404
         assert http.delete(f"/jobs/{made[2].job_id}").status_code == 410
-
-
-def kill_everything(service: RunningService) -> None:
-    """SIGKILL to the service and to all of Ray, at once."""
-    parent = psutil.Process(service.process.pid)
-    family = [parent, *parent.children(recursive=True)]
-    for process in family:
-        process.suspend()
-    for process in family:
-        process.kill()
-    psutil.wait_procs(family, 20)
-    service.stop(signal.SIGKILL)
-
-
-@pytest.mark.timeout(600)
-def test_the_whole_service_killed_again_and_again(tmp_path: Path, tell: Callable[[str, str], None]) -> None:
-    """Each job gets its clip, the one it would have got without the kills, and no more than that lies in the store."""
-    dice = random.Random(5)  # no secret
-    queue = {"lease_s": LEASE_S}
-    acknowledged: dict[str, Job] = {}
-    service = RunningService(tmp_path, queue=queue).wait_ready()
-    try:
-        with service.client() as http:
-            wanted = http.post("/generate", json={"prompt": PROMPT, "seed": 11, "reproducible": True}).json()["sha256"]
-        for kill in range(KILLS):
-            with service.client() as http:
-                for number in range(4):
-                    fields = {"seed": 11, "reproducible": True} if number == 0 else {"num_inference_steps": 30}
-                    job = submit(http, f"{kill}-{number}", **fields)
-                    acknowledged[job.job_id] = job
-            time.sleep(dice.uniform(0.0, 0.4))
-            kill_everything(service)
-            service = RunningService(tmp_path, queue=queue).wait_ready()
-        with service.client() as http:
-            ended = {job_id: list(events(http, job_id))[-1] for job_id in acknowledged}
-        assert {job.state for job in ended.values()} == {JobState.SUCCEEDED}
-        assert all(ended[job_id].parameters == job.parameters for job_id, job in acknowledged.items())
-        same = [job.clip.sha256 for job in ended.values() if job.clip and job.parameters.reproducible]
-        assert same == [wanted] * KILLS
-        attempts = sum(job.attempts for job in ended.values())
-        store = tmp_path / "store"
-        deadline = time.monotonic() + 30
-        while list(store.glob("active/*/*")):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        assert len(list(store.glob("clips/*/*.mp4"))) == len(ended) + 1
-        assert list((tmp_path / "data" / "spool").rglob("*.mp4")) == []
-    finally:
-        service.stop()
-    tell(
-        "faults",
-        f"whole service, SIGKILL: {KILLS} kills, {len(ended)} jobs acknowledged, {attempts} attempts, "
-        f"{len(ended)} clips, lost 0, committed twice 0, {len(same)} reproducible ones with the same bytes",
-    )
-
-
-def test_a_stop_hands_over_to_the_next_start(tmp_path: Path) -> None:
-    service = RunningService(tmp_path, queue={"drain_timeout_s": 0.5, "lease_s": 180.0}).wait_ready()
-    with service.client() as http:
-        clip = http.post("/generate", json={"prompt": "kept"}).json()
-        job = submit(http, num_inference_steps=100, num_frames=81, resolution="128p")
-        for seen in events(http, job.job_id):
-            if seen.state is JobState.RUNNING:
-                break
-        began = time.monotonic()
-    assert service.stop() == 0
-    record = json.loads((tmp_path / "store" / "jobs" / f"{job.job_id}.json").read_text())
-    assert (record["state"], record["lease"]) == ("queued", None)
-    service = RunningService(tmp_path, queue={"lease_s": 180.0}).wait_ready()
-    try:
-        with service.client() as http:
-            last = list(events(http, job.job_id))[-1]
-        assert (last.state, last.attempts) == (JobState.SUCCEEDED, 2)
-        assert time.monotonic() - began < 180, "it waited for the lease"
-        kept = httpx.get(f"{service.base}/outputs/{clip['clip_id']}", follow_redirects=True, timeout=30)
-        assert (kept.status_code, len(kept.content)) == (200, clip["size_bytes"])
-    finally:
-        service.stop()

@@ -1,6 +1,7 @@
 """Each process of the service is killed in the middle of twenty requests. `-s` shows the figures."""
 
 import concurrent.futures
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import httpx
 import psutil
 import pytest
 
+from schemas.errors import PROBLEM_MEDIA_TYPE, Problem
 from storage.job_records import JobRecords
 from storage.local import LocalStore
 from tests.integration.load import Outcome, report, run, send, wait_running
@@ -17,7 +19,8 @@ from tests.integration.service import RunningService
 HASTY = {"name": "Generator", "health_check_period_s": 1, "health_check_timeout_s": 1}
 
 SLOW_STEPS = {"prompt": "an otter", "num_frames": 81, "resolution": "128p", "num_inference_steps": 100}
-NUM_SLOW = 2
+NUM_SLOW = 1
+ADDRESS = re.compile(r"\b\d{1,3}(\.\d{1,3}){3}\b")
 Tell = Callable[[str, str], None]
 
 
@@ -78,6 +81,38 @@ def test_killed_front_serves_the_next_request(
     tell("faults", f"{report(part, outcomes, usual)}; {left_over(victim)}")
 
     assert [outcome.clip["sha256"] for outcome in outcomes] == [outcome.clip["sha256"] for outcome in usual]
+
+
+def assert_tells_nothing(answer: httpx.Response) -> None:
+    for word in ("pid", "ActorDied", "actor", "ray", "Traceback", "Path '"):
+        assert word not in answer.text, answer.text
+    assert ADDRESS.search(answer.text) is None, answer.text
+
+
+def test_what_a_client_reads_when_the_ingress_is_lost_says_nothing_of_the_inside(victim: RunningService) -> None:
+    def post() -> httpx.Response:
+        with victim.client(timeout_s=120) as http:
+            return http.post("/generate", json=SLOW_STEPS, headers={"X-Request-ID": "lost-1"})
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(post)
+        while httpx.get(victim.base + "/health", timeout=30).json()["queue"]["running"] == 0:
+            pass
+        victim.replica("Ingress").kill()
+        lost = waiting.result()
+    assert (lost.status_code, lost.headers["content-type"]) == (503, PROBLEM_MEDIA_TYPE)
+    assert int(lost.headers["retry-after"]) >= 1
+    problem = Problem.model_validate_json(lost.content)
+    assert problem.type == "urn:wan-serve:problem:worker-lost"
+    assert lost.headers.get_list("x-request-id") == [problem.request_id] == ["lost-1"]
+    assert_tells_nothing(lost)
+    with victim.client() as http:
+        while (ready := http.get("/health/ready")).status_code != 200:
+            assert (ready.status_code, ready.headers["content-type"]) == (503, PROBLEM_MEDIA_TYPE)
+            assert_tells_nothing(ready)
+            video = http.get("/v1/videos")  # the proxy answers while there is no ingress, in OpenAI's form here
+            assert video.status_code == 200 or video.json()["error"]["type"] == "server_error"
+        assert http.post("/generate", json={"prompt": "again"}).status_code == 200
 
 
 def test_hung_generator_is_replaced_and_its_job_tried_again(tmp_path: Path, tell: Tell) -> None:

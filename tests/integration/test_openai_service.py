@@ -14,7 +14,6 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 
-from serve_graph.api_keys import new_key
 from tests.integration.service import RunningService
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")  # every call of the SDK says it
@@ -98,25 +97,6 @@ def test_refusals_are_the_sdk_s_own_errors(service: RunningService) -> None:
     assert unknown.value.code == "job_not_found"
     assert unknown.value.request_id
     assert (cancelled.status, cancelled.error and cancelled.error.code) == ("failed", "job_cancelled")
-
-
-def test_the_sdk_s_flow_works_with_api_keys(tmp_path: Path) -> None:
-    key, line = new_key("alice")
-    other, other_line = new_key("bob")
-    service = RunningService(tmp_path, env={"WAN_API_KEYS": f"{line} {other_line}"}).wait_ready()
-    try:
-        with sdk_of(service, key) as alice, sdk_of(service, other) as bob, sdk_of(service, "sk-none") as stranger:
-            video = alice.videos.create_and_poll(prompt=PROMPT)
-            assert alice.videos.download_content(video.id).content[4:8] == b"ftyp"
-            assert [listed.id for listed in alice.videos.list()] == [video.id]
-            assert list(bob.videos.list()) == []
-            with pytest.raises(openai.NotFoundError):
-                bob.videos.delete(video.id)
-            with pytest.raises(openai.AuthenticationError) as refused:
-                stranger.videos.list()
-        assert refused.value.code == "unauthorized"
-    finally:
-        service.stop()
 
 
 def test_the_readme_s_example_runs_as_it_stands(service: RunningService, tmp_path: Path) -> None:

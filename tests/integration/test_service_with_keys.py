@@ -2,20 +2,45 @@
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import httpx
+import openai
 import psutil
+import pytest
+from openai import OpenAI
 
 from serve_graph.api_keys import new_key
 from tests.integration.service import RunningService
 
-PROMPT = {"prompt": "an otter on a bicycle", "num_inference_steps": 2}
+PROMPT: dict[str, Any] = {"prompt": "an otter on a bicycle", "num_inference_steps": 2}
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")  # every call of the SDK says it
+
+
+def check_the_sdk_s_flow(service: RunningService, key: str, other_key: str) -> None:
+    """The official SDK knows its own jobs only."""
+
+    def sdk(api_key: str) -> OpenAI:
+        return OpenAI(base_url=f"{service.base}/v1", api_key=api_key)
+
+    with sdk(key) as alice, sdk(other_key) as bob, sdk("sk-none") as stranger:
+        video = alice.videos.create_and_poll(prompt=PROMPT["prompt"])
+        assert alice.videos.download_content(video.id).content[4:8] == b"ftyp"
+        assert video.id in [listed.id for listed in alice.videos.list()]
+        assert list(bob.videos.list()) == []
+        with pytest.raises(openai.NotFoundError):
+            bob.videos.delete(video.id)
+        with pytest.raises(openai.AuthenticationError) as refused:
+            stranger.videos.list()
+    assert refused.value.code == "unauthorized"
 
 
 def test_a_key_makes_a_clip_and_shows_nowhere(tmp_path: Path) -> None:
     key, line = new_key("alice")
     key_hash = line.split(":")[1]
-    service = RunningService(tmp_path, env={"WAN_API_KEYS": line}).wait_ready()
+    other, other_line = new_key("bob")
+    service = RunningService(tmp_path, env={"WAN_API_KEYS": f"{line} {other_line}"}).wait_ready()
     try:
         with service.client() as http:
             stranger = http.post("/generate", json=PROMPT)
@@ -27,6 +52,7 @@ def test_a_key_makes_a_clip_and_shows_nowhere(tmp_path: Path) -> None:
         assert httpx.get(clip.json()["output_url"]).content[4:8] == b"ftyp"
         processes = [psutil.Process(service.process.pid), *service.family()]
         arguments = [" ".join(process.cmdline()) for process in processes]
+        check_the_sdk_s_flow(service, key, other)
     finally:
         service.stop()
     assert [log["principal"] for log in service.log("request") if log["route"] == "/generate"] == [
