@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from schemas.requests import GenerateRequest
 from serve_graph.client import ClientError, WanClient
 from serve_graph.contact_sheet import write_contact_sheet
 from serve_graph.job_progress import job_progress
+from serve_graph.open_ports import free_port
 from serve_graph.server import load_config
 
 START_TIMEOUT_S = 300.0
@@ -65,7 +65,7 @@ def run_demo(config: Path, prompt: str, out: Path) -> DemoReport:
         raise DemoFailed("the prompt must be 1 to 2,000 characters") from error
     console = Console(stderr=True, markup=False, highlight=False)
     out.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
+    port = free_port()
     load_config(config, port=port)  # a mistake in the file is told before anything starts
     mp4, sheet = out / "demo.mp4", out / "demo.png"
     began = time.monotonic()
@@ -89,13 +89,6 @@ def _command() -> str:
     if shutil.which("wan-serve") is not None:
         return "wan-serve"
     return os.path.relpath(Path(sys.executable).parent / "wan-serve")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextmanager

@@ -1,12 +1,15 @@
 """What listens on this machine: whether a port is free, and which ports Serve's replicas have opened to all."""
 
 import errno
+import random
 import socket
 
 import psutil
 
 _REPLICA = "ServeReplica:"
 _LOOPBACK = ("127.", "::1")
+_QUIET_PORTS = range(20_000, 32_768)
+"""Above Ray's (10002 to 19999), below Linux's ephemeral ones."""
 
 
 def refused_port(host: str, port: int) -> str | None:
@@ -21,11 +24,13 @@ def refused_port(host: str, port: int) -> str | None:
 
 
 def free_port() -> int:
-    """A port on loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port on loopback that nobody listens on now.
+
+    From a range that Linux gives to no outgoing connection: one of those may have taken it by the time it is used.
+    """
+    return next(
+        port for port in random.sample(_QUIET_PORTS, len(_QUIET_PORTS)) if refused_port("127.0.0.1", port) is None
+    )
 
 
 def worker_ports() -> list[int]:

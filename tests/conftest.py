@@ -58,12 +58,14 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave Ceph's cases out, unless `-m` speaks of them."""
-    if "ceph" in config.getoption("markexpr"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("ceph")]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if not item.get_closest_marker("ceph")]
+    """Leave Ceph's cases out, unless `-m` speaks of them. With several workers, a file is one worker's."""
+    if "ceph" not in config.getoption("markexpr"):
+        left_out = [item for item in items if item.get_closest_marker("ceph")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("ceph")]
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture

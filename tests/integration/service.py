@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,15 +15,10 @@ import psutil
 import yaml
 from random_wan import model_settings
 
+from serve_graph.open_ports import free_port
+
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 90
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def write_config(folder: Path, deployments: list[dict[str, Any]] | None = None, **args: Any) -> Path:
@@ -151,5 +145,9 @@ class RunningService(ServiceProcess):
         super().__init__(command, f"http://127.0.0.1:{self.port}", env)
 
     def wait_ready(self) -> "RunningService":
-        self.wait_for(lambda: any(line.startswith("ready ") for line in self.stdout), START_TIMEOUT_S)
+        try:
+            self.wait_for(lambda: any(line.startswith("ready ") for line in self.stdout), START_TIMEOUT_S)
+        except BaseException:
+            self.stop(signal.SIGKILL)
+            raise
         return self

@@ -20,9 +20,8 @@ NOBODYS = "0" * 32
 
 
 @pytest.fixture(params=["real", "scripted"])
-def client(request: pytest.FixtureRequest) -> Iterator[WanClient]:
+def client(request: pytest.FixtureRequest, service: RunningService) -> Iterator[WanClient]:
     if request.param == "real":
-        service: RunningService = request.getfixturevalue("service")
         with WanClient(service.base) as client:
             yield client
     else:

@@ -21,11 +21,12 @@ import psutil
 import pytest
 from async_jobs import PROMPT, events, submit
 from load import wait_running
-from service import RunningService, free_port
+from service import RunningService
 
 from schemas.jobs import Job, JobState
 from schemas.requests import GenerateRequest
 from serve_graph.client import WanClient
+from serve_graph.open_ports import free_port
 
 PROMPTS = 200
 KILLS = 4

@@ -8,9 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from s3_servers.process import free_port
-
 from ray_cluster.process import PROJECT, Plan
+from serve_graph.open_ports import free_port
 from tests.integration.service import ServiceProcess
 
 START_TIMEOUT_S = 300.0

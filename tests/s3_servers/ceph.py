@@ -13,7 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from s3_servers.process import Daemon, S3Server, ServerFailed, answers, free_port
+from s3_servers.process import Daemon, S3Server, ServerFailed, answers
+from serve_graph.open_ports import free_port
 
 LIFECYCLE_DAY_S = 5
 COMMANDS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "ceph", "ceph-authtool", "monmaptool")

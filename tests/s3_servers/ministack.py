@@ -15,7 +15,8 @@ from urllib.parse import urlencode
 from urllib.request import ProxyHandler, Request, build_opener
 from xml.etree import ElementTree
 
-from s3_servers.process import Daemon, S3Server, ServerFailed, answers, free_port
+from s3_servers.process import Daemon, S3Server, ServerFailed, answers
+from serve_graph.open_ports import free_port
 
 BUCKETS = "wan-"
 """What the names of all buckets begin with that the user may make and use."""

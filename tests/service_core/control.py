@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import httpx
-from s3_servers.process import free_port
 
 from schemas.jobs import Job, JobState
+from serve_graph.open_ports import free_port
 from service_core.process import Plan
 
 PROJECT = Path(__file__).parents[2]

@@ -48,7 +48,7 @@ async def test_health_says_why_the_model_is_not_ready(api: Api) -> None:
     found = await health(api, 503)
     assert (found.status, found.reason) == ("unavailable", "the model is loading")
     assert not found.model.loaded
-    assert found.model.profile == "wan-random"
+    assert found.model.profile == "wan-tiny"
     problem = problem_of(await api.http.get("/health/ready"), 503, "model-not-ready")
     assert problem.detail == "the model is loading"
     assert problem.retry_after_s == 5

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import httpx
 from prometheus_client import CollectorRegistry
-from s3_servers.process import free_port
 
 import schemas
 from schemas.webhooks import WebhookEvent, WebhookSubject
 from serve_graph.metrics import IngressMetrics
+from serve_graph.open_ports import free_port
 from serve_graph.webhooks.policy import WebhookPolicy
 from serve_graph.webhooks.sender import WebhookSender
 from serve_graph.webhooks.signing import WebhookSigner
