@@ -23,25 +23,14 @@ def post(service: RunningService) -> httpx.Response:
         return http.post("/generate", json=JOB)
 
 
-def test_serve_finishes_running_work_and_leaves_no_process_when_interrupted(tmp_path: Path) -> None:
-    service = RunningService(tmp_path).wait_ready()
-    family = service.family()
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        running = pool.submit(post, service)
-        wait_running(service)
-        code = service.stop(signal.SIGINT)
-        answer = running.result()
-    assert answer.status_code == 200, answer.text
-    assert_nothing_is_left(service, family, code)
-
-
-def test_stop_under_load_ends_what_runs_and_refuses_what_comes(tmp_path: Path) -> None:
+def test_an_interrupt_ends_what_runs_refuses_what_comes_and_leaves_no_process(tmp_path: Path) -> None:
+    """Ctrl-C; the tests of restarts send SIGTERM."""
     service = RunningService(tmp_path).wait_ready()
     family = service.family()
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         running = [pool.submit(post, service) for _ in range(4)]
         wait_running(service, len(running))
-        service.process.send_signal(signal.SIGTERM)
+        service.process.send_signal(signal.SIGINT)
         with service.client() as http:
             while http.get("/health/ready").status_code == 200:
                 pass
