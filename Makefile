@@ -5,8 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CONFIG ?= configs/local.yaml
-# Whole files go to each of two processes, in the suite's own order (see the conftests' xdist_group).
-TEST_WORKERS ?= -n 2 --dist loadgroup --no-loadscope-reorder
+# Whole files go to each of two processes, in the suite's own order (tests/conftest.py: FilesAndFolders).
+TEST_WORKERS ?= -n 2 --dist loadscope --no-loadscope-reorder
 # Extra arguments for pip, such as an index of CPU-only torch wheels: see the README's "A CPU-only torch".
 PIP_ARGS ?=
 

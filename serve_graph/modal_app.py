@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import modal
+import modal.experimental
 
 from serve_graph.on_modal.options import (
     MAX_INPUTS,
@@ -103,7 +104,14 @@ class Generator:
     @modal.method()
     async def generate(self, work_id: str) -> None:
         """Work until this job or batch has ended; where it can't be ended here, it is called for again."""
-        if not await self.container.work_on(work_id):
+        from serve_graph.on_modal.graph_process import GraphGone
+
+        try:
+            ended = await self.container.work_on(work_id)
+        except GraphGone:
+            await modal.experimental.stop_fetching_inputs.aio()  # this container ends, and another takes what comes
+            ended = False
+        if not ended:
             await self.generate.spawn.aio(work_id)
 
     @modal.method()

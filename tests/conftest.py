@@ -17,6 +17,7 @@ from random_wan import RANDOM_WAN
 from s3_servers.ceph import CephRgw
 from s3_servers.ministack import Ministack
 from s3_servers.process import S3Server
+from xdist.scheduler import LoadScopeScheduling
 
 from schemas.handoff import PreparedPrompt, Standing, TextItem
 from schemas.requests import GenerationParameters
@@ -38,6 +39,7 @@ JOB_TIMEOUT_S = 30.0
 """How long a test waits for a tiny job, which takes a fraction of a second on an idle core."""
 
 TELL = "tell: "
+ONE_SERVICE = "tests/integration/one_service/"
 
 hypothesis.settings.load_profile("ci")  # the same cases in each run; others with --hypothesis-profile=default
 
@@ -58,14 +60,25 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave Ceph's cases out, unless `-m` speaks of them. With several workers, a file is one worker's."""
-    if "ceph" not in config.getoption("markexpr"):
-        left_out = [item for item in items if item.get_closest_marker("ceph")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("ceph")]
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    """Leave Ceph's cases out, unless `-m` speaks of them."""
+    if "ceph" in config.getoption("markexpr"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("ceph")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not item.get_closest_marker("ceph")]
+
+
+class FilesAndFolders(LoadScopeScheduling):
+    """One worker's at a time: a file, and the folder whose tests share a service."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return ONE_SERVICE if file.startswith(ONE_SERVICE) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesAndFolders:
+    """xdist's own groups (`loadgroup`) do nothing with pytest 9.2: it keeps a node's id elsewhere."""
+    return FilesAndFolders(config, log)
 
 
 @pytest.fixture

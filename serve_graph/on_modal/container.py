@@ -66,7 +66,10 @@ class Container:
         self._record_start()
 
     async def work_on(self, work_id: str) -> bool:
-        """Work until this job or batch has ended; False where this container or the call ends first."""
+        """Work until this job or batch has ended; False where this container or the call ends first.
+
+        Raises GraphGone: this container can do nothing any more.
+        """
         try:
             await asyncio.wrap_future(self._running.call("work_on", work_id))
         except (TimeoutError, ShuttingDown):

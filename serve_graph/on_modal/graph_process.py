@@ -67,8 +67,9 @@ class GraphProcess:
     def stop(self) -> None:
         """Stop the graph in order, or end it where it is gone. Raises what `Graph.stop` raises."""
         try:
-            self.call("stop").result()
-            self._process.wait()
+            with suppress(GraphGone):
+                self.call("stop").result()
+                self._process.wait()
         finally:
             self.end()
 

@@ -264,6 +264,7 @@ def test_a_container_restored_three_days_later_ends_what_a_stopped_one_hands_bac
         for container in warm.generators():
             if container is not asleep:
                 container.preempt()
+                preempted = container
         asleep.thaw(env={"WAN_API_KEYS": line})
         ended = client.wait(job.job_id)
         clip = client.generate(GenerateRequest(prompt=PROMPT))
@@ -275,6 +276,7 @@ def test_a_container_restored_three_days_later_ends_what_a_stopped_one_hands_bac
     with warm.http(warm.graph_url()) as own:
         assert own.get("/jobs").status_code == 401
         assert own.get("/jobs", headers={"Authorization": f"Bearer {bob}"}).status_code == 200
+    preempted.wait("gone", START_S)
     assert warm.generators() == [asleep]
     assert '"start": "restored"' in asleep.log
 
@@ -331,3 +333,16 @@ def test_modal_run_of_a_file_makes_its_clips(warm: Service, tmp_path: Path) -> N
     assert done.exit_code == 0, done.output
     clips = sorted((tmp_path / "clips").glob("*.mp4"))
     assert [clip.read_bytes()[4:8] for clip in clips] == [b"ftyp", b"ftyp"]
+
+
+def test_a_container_whose_graph_has_died_ends_and_another_goes_on(warm: Service) -> None:
+    with warm.client() as client:
+        job = running(client)
+        (container,) = warm.generators()
+        for pid in container.pids():
+            if "serve_graph.on_modal.graph_process" in psutil.Process(pid).cmdline():
+                os.kill(pid, signal.SIGKILL)
+        ended = client.wait(job.job_id)
+
+    assert (ended.state, ended.attempts) == (JobState.SUCCEEDED, 2)
+    assert container not in warm.generators()

@@ -1,6 +1,6 @@
 """The HTTP contract without a renderer: a client's tests put it into any state, at any moment.
 
-`tests/integration/test_client.py` makes the same calls to it and to the real service.
+`tests/integration/one_service/test_client.py` makes the same calls to it and to the real service.
 """
 
 import asyncio

@@ -13,7 +13,7 @@ from service import RunningService
 from schemas.batches import Batch, BatchResult
 
 PATIENCE_S = 90.0
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[3] / "README.md"
 
 
 def ended(http: httpx.Client, batch_id: str) -> Batch:
