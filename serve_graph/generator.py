@@ -11,6 +11,7 @@ import ray
 from prometheus_client import Metric
 from ray import serve
 
+from schemas.errors import ModelNotReady, WorkerLost
 from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask
 from schemas.health import GeneratorHealth, GpuHealth, ModelHealth
 from schemas.requests import GenerationParameters
@@ -45,10 +46,11 @@ class Generator:
         self._settings = settings
         model, profile = settings.model, settings.profile
         device = checkpoint.pick_device("cpu" if model.load_on_cpu else model.device, "model.device")
-        dtype = checkpoint.resolve_dtype(model.dtype, device)
+        runs_on = torch.device("cuda") if model.load_on_cpu and model.device != "cpu" else device
+        dtype = checkpoint.resolve_dtype(model.dtype, runs_on)
         found = locate_checkpoint(profile, model.path, model.revision, settings.models_dir)
-        vae_dtype = checkpoint.resolve_dtype(model.vae_dtype, device)
-        self._parts = checkpoint.load_generator_parts(found.folder, device, dtype, vae_dtype)
+        vae_dtype = checkpoint.resolve_dtype(model.vae_dtype, runs_on)
+        self._parts = checkpoint.load_generator_parts(found.folder, device, dtype, vae_dtype, runs_on)
         self._device = device
         self._registry = new_registry()
         self._metrics = GeneratorMetrics(self._registry)
@@ -109,8 +111,14 @@ class Generator:
             self._model = self._model.model_copy(update={"device": str(device)})
         self._begin()
 
+    def is_awake(self) -> bool:
+        """Whether it works: with `queue.by_call`, after `awaken`."""
+        return self._engine is not None
+
     async def render(self, task: RenderTask, prompt: PreparedPrompt) -> AsyncGenerator[RenderEvent, None]:
         """Stream one clip's events; see `Renderer.render`."""
+        if self._engine is None:
+            raise WorkerLost("the generator has been replaced, and is woken in a moment")
         events = self._renderer.render(task, prompt)
         try:
             async for event in events:
@@ -119,7 +127,9 @@ class Generator:
             await events.aclose()
 
     async def health(self) -> GeneratorHealth:
-        """The model and its GPU."""
+        """The model and its GPU. Raises ModelNotReady before `awaken`."""
+        if self._engine is None:
+            raise ModelNotReady("the model is loaded, and not awake yet")
         return GeneratorHealth(model=self._model, gpu=_gpu(self._device))
 
     async def metrics_snapshot(self) -> tuple[str, str, list[Metric]]:

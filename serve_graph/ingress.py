@@ -91,6 +91,10 @@ class Ingress:
         )
         self._reporting = asyncio.create_task(self._reporter.run())
 
+    def is_awake(self) -> bool:
+        """Whether it serves: with `queue.by_call`, after `awaken`."""
+        return self._assembly is not None
+
     async def work_on(self, work_id: str) -> None:
         """See `JobService.work_on`."""
         if self._assembly is None:

@@ -10,7 +10,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import modal
-import modal.experimental
 
 from serve_graph.on_modal.options import (
     MAX_INPUTS,
@@ -108,9 +107,8 @@ class Generator:
 
         try:
             ended = await self.container.work_on(work_id)
-        except GraphGone:
-            await modal.experimental.stop_fetching_inputs.aio()  # this container ends, and another takes what comes
-            ended = False
+        except GraphGone:  # nothing works here any more: Modal gives what this container has to another
+            os._exit(1)
         if not ended:
             await self.generate.spawn.aio(work_id)
 
@@ -178,7 +176,7 @@ def fetch_weights(revision: str) -> str:
 
 
 @app.local_entrypoint()
-def download_weights(revision: str = "main") -> None:
+def download_weights(revision: str = os.environ.get("WAN_MODEL__REVISION", "main")) -> None:
     """Fetch the model's weights from the hub into the Volume `wan-weights`; goes on where it was interrupted."""
     print(f"weights at commit {fetch_weights.remote(revision)} are in the Volume wan-weights")
 

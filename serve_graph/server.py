@@ -250,8 +250,10 @@ def ray_environment(settings: Settings) -> Iterator[None]:
 
 
 @contextmanager
-def ray_runtime(num_gpus: int | None = None) -> Iterator[None]:
-    """A Ray of our own. num_gpus: what it is told of; by default it looks itself."""
+def ray_runtime(
+    *, num_cpus: int | None = None, num_gpus: int | None = None, object_store_memory: int | None = None
+) -> Iterator[None]:
+    """A Ray of our own, told of these, with memory in bytes; by default it looks itself."""
     import ray
     from ray._private.ray_logging import global_worker_stdstream_dispatcher as worker_output
 
@@ -259,7 +261,9 @@ def ray_runtime(num_gpus: int | None = None) -> Iterator[None]:
         address="local",
         namespace="serve",
         include_dashboard=False,
+        num_cpus=num_cpus,
         num_gpus=num_gpus,
+        object_store_memory=object_store_memory,
         configure_logging=False,
         log_to_driver=True,
     )

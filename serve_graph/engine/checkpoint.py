@@ -36,13 +36,15 @@ class TextParts:
     device: torch.device
 
 
-def load_generator_parts(folder: Path, device: torch.device, dtype: str, vae_dtype: str) -> GeneratorParts:
-    """Load the transformer, the VAE and the scheduler's configuration."""
+def load_generator_parts(
+    folder: Path, device: torch.device, dtype: str, vae_dtype: str, runs_on: torch.device | None = None
+) -> GeneratorParts:
+    """Load the transformer, the VAE and the scheduler's configuration. runs_on: where `moved` will take them."""
     transformer = WanTransformer3DModel.from_pretrained(
         folder / "transformer", torch_dtype=DTYPES[dtype], **_mapping(device)
     )
     vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=DTYPES[vae_dtype], **_mapping(device))
-    if device.type == "cpu":
+    if (runs_on or device).type == "cpu":
         quicken_norms(vae)
         keep_freed_memory()
     return GeneratorParts(

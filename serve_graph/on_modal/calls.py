@@ -4,10 +4,20 @@ from typing import Any
 
 import modal
 from modal.exception import Error as ModalError
-from modal.exception import NotFoundError, OutputExpiredError
+from modal.exception import (
+    ExecutionError,
+    FunctionTimeoutError,
+    InternalFailure,
+    NotFoundError,
+    OutputExpiredError,
+    RemoteError,
+)
 
 from serve_graph.jobs.platform import PlatformUnavailable
 from serve_graph.on_modal.options import ModalOptions
+
+_GIVEN_UP = (ExecutionError, FunctionTimeoutError, InternalFailure, RemoteError)
+"""How Modal says that a call has ended without having returned."""
 
 
 class ModalPlatform:
@@ -22,7 +32,7 @@ class ModalPlatform:
         return self._options.max_turns
 
     def call(self, work_id: str) -> str:
-        """Spawn `Generator.generate`; Modal keeps the call until a container has room, and retries a lost one."""
+        """Spawn `Generator.generate`; Modal keeps it until a container has room, and gives a lost one's to another."""
         try:
             call_id: str = self._generate.spawn(work_id).object_id
         except ModalError as error:
@@ -34,7 +44,7 @@ class ModalPlatform:
             modal.FunctionCall.from_id(call_id).get(timeout=0)
         except TimeoutError:
             return True
-        except (NotFoundError, OutputExpiredError):
+        except (NotFoundError, OutputExpiredError, *_GIVEN_UP):
             return False
         except ModalError as error:
             raise PlatformUnavailable(str(error)) from error

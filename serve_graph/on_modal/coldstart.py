@@ -15,6 +15,7 @@ MAX_WAIT_S: Final = 900
 def measure(generator: Any, count: int, options: ModalOptions) -> None:
     """generator: an instance of the deployed class. Its autoscaler is put back as it was."""
     seconds, awake, failures, starts = [], [], 0, []
+    before = generator.update_autoscaler()  # without a change it tells
     generator.update_autoscaler(scaledown_window=SCALE_DOWN_S, min_containers=0, buffer_containers=0)
     try:
         for number in range(count):
@@ -32,9 +33,9 @@ def measure(generator: Any, count: int, options: ModalOptions) -> None:
             print(f"{number + 1}/{count}: {seconds[-1]:.2f} s, {container['start']}, {container['gpu']}", flush=True)
     finally:
         generator.update_autoscaler(
-            scaledown_window=options.scaledown_window,
-            min_containers=options.min_containers,
-            buffer_containers=options.buffer_containers,
+            scaledown_window=before.scaledown_window,
+            min_containers=before.min_containers,
+            buffer_containers=before.buffer_containers,
         )
     write_record(OUT, "coldstart", "Cold starts", summary(seconds, awake, failures, starts, options))
 

@@ -8,18 +8,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from schemas.errors import ModelNotReady, ShuttingDown
+from schemas.errors import ModelNotReady, ShuttingDown, WanError
 from serve_graph.logs import configure_logging, log_event, log_failure
 from serve_graph.on_modal.graph_process import GraphProcess
 from serve_graph.on_modal.options import ModalOptions
 from serve_graph.renewal import renew_process
-from serve_graph.settings import SECRET_NAMES
+from serve_graph.settings import SECRET_NAMES, ConfigError
+from storage.store import StoreError
 
-PROBE_TIMEOUT_S = 5.0
-"""A thawed Serve answered after 0.06 s on loopback (median of 10)."""
+BUCKET_VARIABLES = "WAN_STORAGE__S3__"
+"""Of the Secret for the bucket, which may have been changed since the snapshot."""
 
-AWAKEN_TIMEOUT_S = 20.0
-"""Moving a 14B model to the GPU takes several seconds."""
+PROBE_TIMEOUT_S = 10.0
+"""A thawed Serve answered after 0.06 s on loopback (median of 10), but there all of its memory was at hand."""
+
+AWAKEN_TIMEOUT_S = 120.0
+"""Looking at the bucket, and moving a model of up to 28 GB to the GPU."""
 
 
 class Container:
@@ -51,9 +55,9 @@ class Container:
         restored = os.environ.get("MODAL_TASK_ID") != self._started_in
         start = "restored" if restored else "fresh"
         try:
-            self._running.call("gpu").result(PROBE_TIMEOUT_S)
+            self._running.call("probe").result(PROBE_TIMEOUT_S)
             self._awaken(start)
-        except ModelNotReady:  # the graph answers, and says what is wrong
+        except (WanError, ConfigError, StoreError):  # the graph answers, and says what is wrong
             raise
         except Exception as failure:  # whatever a restore has broken
             log_failure("restore_failed", failure)
@@ -98,8 +102,11 @@ class Container:
         return self._graph
 
     def _awaken(self, start: str) -> None:
-        names = {*SECRET_NAMES, "MODAL_TASK_ID"}
-        environment = {name: value for name, value in os.environ.items() if name in names}
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name in SECRET_NAMES or name.startswith(BUCKET_VARIABLES) or name == "MODAL_TASK_ID"
+        }
         self._running.call("awaken", environment, start).result(AWAKEN_TIMEOUT_S)
 
     def _record_start(self) -> None:

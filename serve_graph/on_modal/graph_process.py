@@ -9,6 +9,7 @@ import ctypes
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -89,15 +90,34 @@ class GraphProcess:
                 number, result, failure = self._connection.recv()
                 with self._lock:
                     answer = self._awaited.pop(number)
-                if failure is None:
-                    answer.set_result(result)
-                else:
-                    answer.set_exception(failure)
+                _give(answer, result, failure)
         except (EOFError, OSError):
+            log_event("graph_gone", level=logging.WARNING)
+        finally:
             with self._lock:
                 self._is_over = True
             for answer in self._awaited.values():
-                answer.set_exception(GraphGone())
+                _give(answer, None, GraphGone())
+
+
+def _give(answer: Future[Any], result: Any, failure: BaseException | None) -> None:
+    if not answer.set_running_or_notify_cancel():  # its caller has gone
+        return
+    if failure is None:
+        answer.set_result(result)
+    else:
+        answer.set_exception(failure)
+
+
+def _portable(failure: Exception) -> Exception:
+    """What can be sent: Ray raises classes that it makes on the spot, around the exception itself."""
+    inside = getattr(failure, "cause", None)
+    sent = inside if isinstance(inside, Exception) else failure
+    try:
+        pickle.loads(pickle.dumps(sent))  # noqa: S301  # our own
+    except Exception:  # whatever its class does with it
+        return RuntimeError(repr(sent))
+    return sent
 
 
 def _adopt_orphans() -> None:
@@ -113,7 +133,7 @@ async def _serve(connection: Connection) -> None:
         try:
             result, failure = await getattr(graph, method)(*arguments), None
         except Exception as raised:
-            result, failure = None, raised
+            result, failure = None, _portable(raised)
         with sending:
             connection.send((number, result, failure))
 
@@ -133,4 +153,5 @@ async def _serve(connection: Connection) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the container's main process that is told to stop
+    os.set_inheritable(int(sys.argv[1]), False)  # else Ray's processes hold it, and this one's end would not be seen
     asyncio.run(_serve(Connection(int(sys.argv[1]))))

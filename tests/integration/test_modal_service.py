@@ -3,6 +3,7 @@
 Containers stand side by side on this machine, so the Volumes are folders and the GPU is none.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -335,14 +336,23 @@ def test_modal_run_of_a_file_makes_its_clips(warm: Service, tmp_path: Path) -> N
     assert [clip.read_bytes()[4:8] for clip in clips] == [b"ftyp", b"ftyp"]
 
 
-def test_a_container_whose_graph_has_died_ends_and_another_goes_on(warm: Service) -> None:
-    with warm.client() as client:
-        job = running(client)
-        (container,) = warm.generators()
-        for pid in container.pids():
-            if "serve_graph.on_modal.graph_process" in psutil.Process(pid).cmdline():
-                os.kill(pid, signal.SIGKILL)
-        ended = client.wait(job.job_id)
+def test_a_replica_that_is_replaced_is_woken_and_a_container_whose_graph_has_died_ends(warm: Service) -> None:
+    (container,) = warm.generators()
 
-    assert (ended.state, ended.attempts) == (JobState.SUCCEEDED, 2)
-    assert container not in warm.generators()
+    def kill(part: str) -> None:
+        for pid in container.pids():
+            with contextlib.suppress(psutil.Error):  # it has ended
+                if part in " ".join(psutil.Process(pid).cmdline()):
+                    os.kill(pid, signal.SIGKILL)
+
+    with warm.client() as client:
+        for replica in ("Generator", "Ingress"):
+            job = running(client, resolution="64p")
+            kill(f"ServeReplica:wan:{replica}")
+            ended = client.wait(job.job_id)
+            assert (ended.state, ended.attempts) == (JobState.SUCCEEDED, 2), replica
+        assert warm.generators() == [container]
+        job = running(client)
+        kill("serve_graph.on_modal.graph_process")
+        container.wait("gone", START_S)
+        assert client.wait(job.job_id).state is JobState.SUCCEEDED

@@ -3,6 +3,7 @@
 import json
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,8 +70,9 @@ class Generator:
         """Its method, which has its own `remote` and `get_current_stats`."""
         return self
 
-    def update_autoscaler(self, **settings: int) -> None:
+    def update_autoscaler(self, **settings: int) -> SimpleNamespace:
         self.autoscaler.append(settings)
+        return SimpleNamespace(scaledown_window=77, min_containers=1, buffer_containers=0)
 
     def get_current_stats(self) -> Any:
         self.looks += 1
@@ -94,7 +96,7 @@ def test_cold_starts_are_counted_failures_too_and_the_autoscaler_put_back(
 
     record = json.loads((tmp_path / "coldstart.json").read_text())
     assert (record["count"], record["failures"], record["rebuilt"], record["awake_p50_s"]) == (3, 1, 0, 0.5)
-    assert generator.autoscaler[-1] == {"scaledown_window": 120, "min_containers": 0, "buffer_containers": 0}
+    assert generator.autoscaler[-1] == {"scaledown_window": 77, "min_containers": 1, "buffer_containers": 0}
     assert "2/3: RuntimeError: the restore has crashed" in capsys.readouterr().out
 
 
