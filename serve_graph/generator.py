@@ -19,7 +19,7 @@ from serve_graph.logs import configure_logging, log_event, log_failure
 from serve_graph.metrics import GeneratorMetrics, new_registry, snapshot
 from serve_graph.preprocessor import TEXT_ENCODER_GPUS
 from serve_graph.renewal import renew_process
-from serve_graph.settings import STOP_POLL_S, Settings, StorageSettings
+from serve_graph.settings import Settings, StorageSettings
 from serve_graph.spool import claim_spool
 from serve_graph.stores import open_store
 
@@ -162,7 +162,6 @@ def generator_options(settings: Settings) -> dict[str, Any]:
         "ray_actor_options": {"num_cpus": 0, "num_gpus": _num_gpus(settings)},
         "health_check_period_s": 5,
         "graceful_shutdown_timeout_s": settings.queue.drain_timeout_s,
-        "graceful_shutdown_wait_loop_s": STOP_POLL_S,
     }
 
 

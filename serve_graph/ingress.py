@@ -17,7 +17,7 @@ from serve_graph.metrics import merge, new_registry, snapshot
 from serve_graph.niceness import step_back
 from serve_graph.ray_worker import RayWorker
 from serve_graph.renewal import renew_process
-from serve_graph.settings import STOP_POLL_S, Settings, StorageSettings, check_cluster
+from serve_graph.settings import Settings, StorageSettings, check_cluster
 
 
 @serve.ingress()
@@ -128,5 +128,4 @@ def ingress_options(settings: Settings) -> dict[str, Any]:
         "max_ongoing_requests": settings.queue.max_waiting_jobs + settings.max_dispatched_jobs + 512,
         "ray_actor_options": {"num_cpus": 0},
         "graceful_shutdown_timeout_s": settings.queue.drain_timeout_s + 10,
-        "graceful_shutdown_wait_loop_s": STOP_POLL_S,
     }

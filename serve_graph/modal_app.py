@@ -6,10 +6,12 @@ the whole Ray Serve graph; `sweep` looks after what fell in between. Options: `o
 
 import os
 import sys
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import modal
+from modal.mount import ROOT_DIR
 
 from serve_graph.on_modal.options import (
     MAX_INPUTS,
@@ -53,7 +55,7 @@ def _image() -> modal.Image:
     return (
         image.add_local_file(_ROOT / "constraints.txt", "/constraints.txt", copy=True)
         .uv_pip_install(*project["dependencies"], extra_options="--constraint /constraints.txt", uv_version=UV_VERSION)
-        .add_local_dir(_ROOT / "configs", "/root/configs")
+        .add_local_dir(_ROOT / "configs", f"{ROOT_DIR}/configs")
         .add_local_python_source("schemas", "storage", "serve_graph")
     )
 
@@ -136,7 +138,7 @@ class Generator:
     volumes=_READ_ONLY_WEIGHTS,
     min_containers=OPTIONS.web_min_containers,
     scaledown_window=OPTIONS.scaledown_window,
-    timeout=300,
+    timeout=OPTIONS.timeout,  # a stream of events lasts as long as its job
 )
 @modal.concurrent(max_inputs=WEB_INPUTS)
 @modal.asgi_app()
@@ -207,19 +209,26 @@ def smoke(url: str = "") -> None:
 
 @app.local_entrypoint()
 def coldstart(count: int = 10) -> None:
-    """Measure cold starts of the deployed generator: out/coldstart.json and .md."""
+    """Measure cold starts of the deployed generator: out/coldstart.json and .md, and in the Volume wan-outputs."""
     from serve_graph.on_modal.coldstart import measure
 
     deployed = modal.Cls.from_name(OPTIONS.modal_app, "Generator")()
-    measure(deployed, count, OPTIONS)
+    _keep(measure(deployed, count, OPTIONS))
 
 
 @app.local_entrypoint()
 def record_480p() -> None:
-    """Measure one clip of 480p and 5 s on the deployed service: out/record_480p.json and .md."""
+    """Measure one clip of 480p and 5 s on the deployed service: out/record_480p.json and .md, and in wan-outputs."""
     from serve_graph.on_modal.commands import record_480p as record
 
-    record(_deployed_url())
+    _keep(record(_deployed_url()))
+
+
+def _keep(record: Path) -> None:
+    """Put a record into the Volume as well, beside those of the starts, under the moment it was made at."""
+    name = f"{record.stem}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}{record.suffix}"
+    with OUTPUTS.batch_upload() as upload:
+        upload.put_file(record, f"records/{name}")
 
 
 def _url() -> str:

@@ -17,7 +17,7 @@ from schemas.requests import GenerationParameters
 from serve_graph.logs import configure_logging, log_event
 from serve_graph.metrics import PreprocessorMetrics, new_registry, snapshot
 from serve_graph.niceness import step_back
-from serve_graph.settings import STOP_POLL_S, Settings
+from serve_graph.settings import Settings
 
 BATCH_WAIT_S = 0.0
 """Text encoding is quick: whatever is queued when the encoder is free makes the next batch."""
@@ -99,7 +99,6 @@ def preprocessor_options(settings: Settings) -> dict[str, Any]:
     return {
         "name": "Preprocessor",
         "health_check_period_s": 5,
-        "graceful_shutdown_wait_loop_s": STOP_POLL_S,
         "max_ongoing_requests": settings.queue.max_waiting_jobs + settings.max_dispatched_jobs + 16,
         "ray_actor_options": {
             "num_cpus": 0,

@@ -66,10 +66,6 @@ def parse_profile(value: Any) -> Any:
     return PROFILES[value]
 
 
-STOP_POLL_S = 0.1
-"""How often a replica that stops looks whether its last request has ended. Serve's own 2 s is how long a stop takes."""
-
-
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -79,9 +75,7 @@ class ModelSettings(_Section):
 
     profile: Annotated[ModelProfile, NoDecode, BeforeValidator(parse_profile)] = Field(
         default=WAN_TINY,
-        description="A profile's name: "
-        + ", ".join(PROFILES)
-        + "; or the fields of one of your own (JSON in a variable).",
+        description=f"A profile's name: {', '.join(PROFILES)}; or the fields of your own (JSON in a variable).",
     )
     path: Path | None = Field(default=None, description="A checkpoint in diffusers' layout; else the profile's own.")
     revision: str | None = Field(default=None, description="The hub's revision, where the profile has a hub id.")

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from schemas.model_profile import Resolution
+from schemas.model_profile import ModelProfile, Resolution
 from schemas.official_profiles import WAN_TINY
 
 RANDOM_WAN = WAN_TINY.model_copy(
@@ -25,15 +25,15 @@ RANDOM_WAN = WAN_TINY.model_copy(
 )
 
 
-def model_settings() -> dict[str, Any]:
+def model_settings(profile: ModelProfile = RANDOM_WAN) -> dict[str, Any]:
     """The settings `model.*` of a service that serves it. The checkpoint is made where it isn't there yet."""
     from serve_graph.engine.tiny_checkpoint import build_tiny_checkpoint
 
     folder = build_tiny_checkpoint(Path(tempfile.gettempdir()) / f"wan-tests-{os.getuid()}")
-    return {"profile": RANDOM_WAN.model_dump(mode="json"), "path": str(folder)}
+    return {"profile": profile.model_dump(mode="json"), "path": str(folder)}
 
 
-def model_variables() -> dict[str, str]:
+def model_variables(profile: ModelProfile = RANDOM_WAN) -> dict[str, str]:
     """The same, as variables of the environment."""
-    settings = model_settings()
+    settings = model_settings(profile)
     return {"WAN_MODEL__PROFILE": json.dumps(settings["profile"]), "WAN_MODEL__PATH": settings["path"]}

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from pathlib import Path
 from typing import Any, Final
 
 from serve_graph.on_modal.commands import OUT, write_record
@@ -12,8 +13,11 @@ SCALE_DOWN_S: Final = 2
 MAX_WAIT_S: Final = 900
 
 
-def measure(generator: Any, count: int, options: ModalOptions) -> None:
-    """generator: an instance of the deployed class. Its autoscaler is put back as it was."""
+def measure(generator: Any, count: int, options: ModalOptions) -> Path:
+    """generator: an instance of the deployed class. Its autoscaler is put back as it was.
+
+    Returns the record's path. Raises TimeoutError where a container stays up; what was measured is on record then.
+    """
     seconds, awake, failures, starts = [], [], 0, []
     before = generator.update_autoscaler()  # without a change it tells
     generator.update_autoscaler(scaledown_window=SCALE_DOWN_S, min_containers=0, buffer_containers=0)
@@ -23,7 +27,7 @@ def measure(generator: Any, count: int, options: ModalOptions) -> None:
             began = time.monotonic()
             try:
                 container = generator.started.remote()
-            except Exception as failure:
+            except Exception as failure:  # whatever a start can end with is what is counted here
                 failures += 1
                 print(f"{number + 1}/{count}: {type(failure).__name__}: {failure}", flush=True)
                 continue
@@ -37,7 +41,8 @@ def measure(generator: Any, count: int, options: ModalOptions) -> None:
             min_containers=before.min_containers,
             buffer_containers=before.buffer_containers,
         )
-    write_record(OUT, "coldstart", "Cold starts", summary(seconds, awake, failures, starts, options))
+        record = write_record(OUT, "coldstart", "Cold starts", summary(seconds, awake, failures, starts, options))
+    return record
 
 
 def summary(

@@ -50,13 +50,16 @@ def smoke_test(url: str, api_key: str | None = None) -> None:
         _told("expiry", answer.status_code == 403, f"{answer.status_code} after {time.monotonic() - signed_at:.0f} s")
 
 
-def record_480p(url: str, folder: Path = OUT, api_key: str | None = None) -> None:
-    """Make one clip of 480p and 5 s, and write down how long it took and how near the card's floor that is."""
+def record_480p(url: str, folder: Path = OUT, api_key: str | None = None) -> Path:
+    """Make one clip of 480p and 5 s, and write down how long it took and how near the card's floor that is.
+
+    Returns the record's path.
+    """
     with WanClient(url, api_key=api_key or _api_key()) as client:
         clip = client.generate(GenerateRequest(prompt="a red circle moving left", resolution="480p", duration=5.0))
         gpu = client.health().gpu
     record = record_of(clip, None if gpu is None else gpu.name)
-    write_record(folder, "record_480p", "Generation time at 480p, 5 s", record)
+    return write_record(folder, "record_480p", "Generation time at 480p, 5 s", record)
 
 
 def record_of(clip: Clip, gpu: str | None) -> dict[str, Any]:
@@ -79,14 +82,16 @@ def record_of(clip: Clip, gpu: str | None) -> dict[str, Any]:
     }
 
 
-def write_record(folder: Path, name: str, title: str, record: dict[str, Any]) -> None:
-    """Write a record as JSON and as a Markdown table, and print the table."""
+def write_record(folder: Path, name: str, title: str, record: dict[str, Any]) -> Path:
+    """Write a record as JSON and as a Markdown table, and print the table. Returns the JSON's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    written = folder / f"{name}.json"
+    written.write_text(json.dumps(record, indent=1) + "\n")
     rows = "\n".join(f"| {key} | {value} |" for key, value in record.items())
     table = f"# {title}\n\n| what | value |\n|---|---|\n{rows}\n"
     (folder / f"{name}.md").write_text(table)
     print(table)
+    return written
 
 
 def _api_key() -> str | None:

@@ -95,10 +95,10 @@ class _Elsewhere:
         await asyncio.to_thread(lambda: self._tokens.check(parameters))
 
     async def prepare(self, parameters: GenerationParameters) -> PreparedPrompt:
-        raise NotImplementedError("a front has no model")
+        raise NotImplementedError("a front has no model")  # its jobs run in containers, so nothing asks
 
     def render(self, task: RenderTask, prompt: PreparedPrompt) -> AsyncGenerator[RenderEvent, None]:
-        raise NotImplementedError("a front has no model")
+        raise NotImplementedError("a front has no model")  # its jobs run in containers, so nothing asks
 
     async def health(self) -> GeneratorHealth:
         """Of a container that is up. Raises ModelNotReady where there is none."""

@@ -132,7 +132,7 @@ async def _serve(connection: Connection) -> None:
     async def answer(number: int, method: str, arguments: tuple[Any, ...]) -> None:
         try:
             result, failure = await getattr(graph, method)(*arguments), None
-        except Exception as raised:
+        except Exception as raised:  # whatever it is belongs to who has called
             result, failure = None, _portable(raised)
         with sending:
             connection.send((number, result, failure))

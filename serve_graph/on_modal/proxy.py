@@ -26,7 +26,7 @@ class LoopbackProxy:
         self._base = f"http://127.0.0.1:{port}"
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=8)
         # No time limit: a request may wait for its clip as long as its client does.
-        self._http = httpx.AsyncClient(timeout=None, limits=limits, trust_env=False)  # noqa: S113
+        self._http = httpx.AsyncClient(timeout=None, limits=limits, trust_env=False)  # noqa: S113  # streams last as long as jobs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; a lifespan is answered, and websockets are refused."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hub_on_loopback import COMMIT, LARGE, PROFILE, Hub
+from modal.mount import ROOT_DIR
 from modal_loopback import Finished, Loopback
 from modal_loopback.records import FunctionLayout, VolumeMount
 
@@ -96,9 +97,9 @@ def test_the_image_is_made_of_the_project_s_own_pins(layout: dict[str, FunctionL
 def test_the_packages_and_the_configuration_are_mounted(layout: dict[str, FunctionLayout]) -> None:
     files = layout["Generator"].files
 
-    assert files["/root/configs/modal.yaml"] == (ROOT / "configs" / "modal.yaml").read_bytes()
+    assert files[f"{ROOT_DIR}/configs/modal.yaml"] == (ROOT / "configs" / "modal.yaml").read_bytes()
     for path in ("serve_graph/modal_app.py", "serve_graph/engine/loop.py", "storage/s3.py", "schemas/jobs.py"):
-        assert f"/root/{path}" in files
+        assert f"{ROOT_DIR}/{path}" in files
     assert not [path for path in files if "/tests/" in path or path.endswith(".env")]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import modal
 import pytest
+from modal.mount import ROOT_DIR
 from modal_loopback import Loopback
 from modal_loopback.clock import Clock
 from modal_loopback.records import VolumeMount
@@ -99,9 +100,9 @@ class TestLayout:
         assert "ENV GREETING='hello there'" in layout.image.all_commands
         assert any("numpy==2.0.0" in command for command in layout.image.layers[-1])
         assert layout.image.all_commands[0].startswith("FROM python:3.11")
-        assert layout.files["/root/sample_files/settings.yaml"] == b"greeting: hello\n"
-        assert layout.files["/root/sample_files/nested/empty.txt"] == b""
-        assert "/root/sample_app.py" in layout.files
+        assert layout.files[f"{ROOT_DIR}/sample_files/settings.yaml"] == b"greeting: hello\n"
+        assert layout.files[f"{ROOT_DIR}/sample_files/nested/empty.txt"] == b""
+        assert f"{ROOT_DIR}/sample_app.py" in layout.files
 
 
 class TestRefusals:

@@ -22,11 +22,12 @@ import pytest
 from modal_loopback import Container, Finished, Loopback
 from modal_loopback.calls import Call
 from prometheus_client.parser import text_string_to_metric_families
-from random_wan import model_variables
+from random_wan import RANDOM_WAN, model_variables
 from s3_servers.ministack import BUCKETS
 from s3_servers.process import S3Server
 
 from schemas.jobs import Job, JobState
+from schemas.model_profile import Resolution
 from schemas.requests import GenerateRequest
 from serve_graph.api_keys import new_key
 from serve_graph.client.wan_client import WanClient
@@ -35,6 +36,10 @@ ROOT = Path(__file__).parents[2]
 START_S = 180.0
 LEASE_S = 3.0
 PROMPT = "a red circle moving left"
+PROFILE = RANDOM_WAN.model_copy(
+    update={"resolutions": (*RANDOM_WAN.resolutions, Resolution(name="480p", aspect_ratio="1:1", width=96, height=96))}
+)
+"""With a size of the name that `record_480p` asks for."""
 LONG = {"num_frames": 81, "num_inference_steps": 100, "resolution": "128p"}
 
 pytestmark = pytest.mark.timeout(240)
@@ -62,6 +67,10 @@ class Service:
         entry_point = ("run", "-m", f"serve_graph.modal_app::{command}", *arguments)
         env = {**self.env, "WAN_API_KEY": self.key, "PYTHONPATH": str(ROOT)}
         return self.modal.cli(*entry_point, env=env, cwd=cwd, timeout_s=START_S)
+
+    def records(self, name: str) -> list[Path]:
+        """What a command has put into the Volume."""
+        return sorted((self.modal.volume("wan-outputs").folder / "records").glob(f"{name}-*.json"))
 
     def generators(self) -> list[Container]:
         return self.modal.containers("wan-serve", "Generator")
@@ -97,7 +106,7 @@ def service(ministack: S3Server, tmp_path_factory: pytest.TempPathFactory) -> It
         "wan-api-keys": {"WAN_API_KEYS": line},
     }
     env = {
-        **model_variables(),
+        **model_variables(PROFILE),
         "WAN_DATA_DIR": str(folder / "data"),
         "WAN_WEIGHTS_DIR": str(folder / "weights"),
         "WAN_OUTPUTS_DIR": str(folder / "outputs"),
@@ -166,6 +175,7 @@ def test_coldstart_of_the_real_cli_measures_a_start(service: Service, tmp_path: 
     record = json.loads((tmp_path / "out/coldstart.json").read_text())
     assert (record["count"], record["failures"], record["rebuilt"]) == (1, 0, 0)
     assert record["p50_s"] > record["awake_p50_s"] > 0
+    assert [json.loads(kept.read_text()) for kept in service.records("coldstart")] == [record]
     assert len(service.generators()) == 1
 
 
@@ -325,15 +335,27 @@ def test_smoke_of_the_real_cli_says_what_works(warm: Service) -> None:
     assert lines == [["ok", "health"], ["ok", "generate"], ["ok", "fetch"], ["ok", "expiry"]]
 
 
-def test_modal_run_of_a_file_makes_its_clips(warm: Service, tmp_path: Path) -> None:
+def test_modal_run_makes_clips(warm: Service, tmp_path: Path) -> None:
     """The run has a front of its own; with the same bucket, the deployed generator does its work."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(f"{PROMPT}\na green square moving up\n")
-    done = warm.run("batch", "--prompts", str(prompts), "--output", str(tmp_path / "clips"))
+    many = warm.run("batch", "--prompts", str(prompts), "--output", str(tmp_path / "clips"))
+    one = warm.run("main", "--prompt", PROMPT, "--output", str(tmp_path / "clips" / "one.mp4"))
+
+    assert (many.exit_code, one.exit_code) == (0, 0), many.output + one.output
+    clips = sorted((tmp_path / "clips").glob("*.mp4"))
+    assert [clip.name for clip in clips] == ["00000.mp4", "00001.mp4", "one.mp4"]
+    assert {clip.read_bytes()[4:8] for clip in clips} == {b"ftyp"}
+
+
+def test_record_480p_of_the_real_cli_records_one_clip(warm: Service, tmp_path: Path) -> None:
+    done = warm.run("record_480p", cwd=tmp_path)
 
     assert done.exit_code == 0, done.output
-    clips = sorted((tmp_path / "clips").glob("*.mp4"))
-    assert [clip.read_bytes()[4:8] for clip in clips] == [b"ftyp", b"ftyp"]
+    record = json.loads((tmp_path / "out/record_480p.json").read_text())
+    assert (record["num_frames"], record["gpu"], record["floor_fraction"]) == (81, None, None)
+    assert record["total_s"] >= record["denoise_s"] > 0
+    assert [json.loads(kept.read_text()) for kept in warm.records("record_480p")] == [record]
 
 
 def test_a_replica_that_is_replaced_is_woken_and_a_container_whose_graph_has_died_ends(warm: Service) -> None:

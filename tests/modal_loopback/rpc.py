@@ -56,7 +56,7 @@ class RpcService:
                 await stream.send_message(Empty() if response is None else response)
         except (GRPCError, OSError):  # a refusal; a peer that went away
             raise
-        except Exception:
+        except Exception:  # an RPC that failed in an unforeseen way fails the test, see `crashes`
             self._crashes.append(f"{rpc}: {traceback.format_exc()}")
             raise
 

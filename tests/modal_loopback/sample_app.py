@@ -9,13 +9,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import modal
+from modal.mount import ROOT_DIR
 
 app = modal.App("sample", tags={"made-for": "tests"})
 image = (
     modal.Image.debian_slim("3.11")
     .env({"GREETING": "hello there"})
     .uv_pip_install("numpy==2.0.0", uv_version="0.9.0")
-    .add_local_dir(Path(__file__).parent / "sample_files", "/root/sample_files")
+    .add_local_dir(Path(__file__).parent / "sample_files", f"{ROOT_DIR}/sample_files")
 )
 weights = modal.Volume.from_name("sample-weights", create_if_missing=True)
 outputs = modal.Volume.from_name("sample-outputs", create_if_missing=True)

@@ -76,7 +76,7 @@ async def test_snapshots_are_those_of_every_replica() -> None:
 async def test_snapshots_are_of_the_caller_s_own_deployment_too_where_it_has_one() -> None:
     ingresses = [snapshot_of("Ingress", "a"), snapshot_of("Ingress", "b")]
     generator = snapshot_of("Generator")
-    worker: Any = RayWorker(FakeHandle(), FakeHandle(generator), FakeHandle(*ingresses))  # type: ignore[arg-type]
+    worker: Any = RayWorker(FakeHandle(), FakeHandle(generator), FakeHandle(*ingresses))  # type: ignore[arg-type]  # fakes
 
     assert await worker.snapshots() == [*ingresses, generator]
 

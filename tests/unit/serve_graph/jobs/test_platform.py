@@ -273,7 +273,8 @@ async def test_a_batch_that_nobody_runs_is_cancelled_by_the_sweep(tmp_path: Path
     await front.service.batches.cancel(batch.batch_id, NOBODY)
     async with process(tmp_path, platform=calls, lease_s=SHORT_LEASE_S) as sweeper:
         async with asyncio.timeout(PATIENCE_S):
-            while (await sweeper.service.batches.reading.batch(batch.batch_id, NOBODY)).state != "ended":  # noqa: ASYNC110
+            reading = sweeper.service.batches.reading
+            while (await reading.batch(batch.batch_id, NOBODY)).state != "ended":  # noqa: ASYNC110  # no event tells
                 await asyncio.sleep(0.01)
 
 

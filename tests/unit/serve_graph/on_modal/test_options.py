@@ -71,7 +71,7 @@ def test_containers_get_settings_and_options_and_no_secret() -> None:
         "WAN_API_KEYS": "secret",
         "WAN_API_KEY": "secret",
         "WAN_STORAGE__S3__BUCKET": "the Secret's",
-        "HOME": "/root",
+        "HOME": "somewhere",
     }
     assert container_environment(environment) == {"WAN_GPU": "L4", "WAN_QUEUE__LEASE_S": "9"}
 
