@@ -136,7 +136,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     while process.poll() is None and time.monotonic() < deadline:
         with suppress(psutil.NoSuchProcess):  # also those that start only now, while Ray comes up
             family |= set(psutil.Process(process.pid).children(recursive=True))
-        time.sleep(_POLL_S)
+        time.sleep(_POLL_S)  # its children change meanwhile, so no plain wait
     process.kill()
     process.wait()
     for left in family:

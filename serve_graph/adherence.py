@@ -163,7 +163,7 @@ def ask(
                 on_change(len(answers))
         if ended:
             return [answers.get(i, Answer(question, None)) for i, question in enumerate(questions)]
-        time.sleep(POLL_S)
+        time.sleep(POLL_S)  # between looks over HTTP
 
 
 def _reading(client: WanClient, result: BatchResult, folder: Path) -> Reading | None:

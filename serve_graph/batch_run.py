@@ -62,7 +62,7 @@ def watched(
                 outcomes = sorted(done, key=lambda outcome: outcome.index)
                 folder.write_results(outcomes)
                 return outcomes
-            time.sleep(pause_s)
+            time.sleep(pause_s)  # between looks over HTTP; a batch has no event stream
             if batch.state != "ended":
                 batch = client.batch(batch.batch_id)
     finally:

@@ -146,7 +146,7 @@ def _show_batch(client: WanClient, batch_id: str, watch: bool, as_json: bool) ->
     batch = client.batch(batch_id)
     _print_batch(batch, as_json)
     while watch and batch.state != "ended":
-        time.sleep(WATCH_POLL_S)
+        time.sleep(WATCH_POLL_S)  # between looks over HTTP; a batch has no event stream
         before, batch = batch, client.batch(batch_id)
         if (batch.state, batch.counts) != (before.state, before.counts):
             _print_batch(batch, as_json)

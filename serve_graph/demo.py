@@ -125,5 +125,5 @@ def _wait_until_ready(child: subprocess.Popen[bytes], base: str, log: Path) -> N
             with suppress(ClientError):  # not listening yet, or the application is not up
                 if client.health().status == "ok":
                     return
-            time.sleep(_POLL_S)
+            time.sleep(_POLL_S)  # a start is seen by asking
     raise DemoFailed(f"the service was not ready after {START_TIMEOUT_S:g} s; see {log}")

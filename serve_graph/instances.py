@@ -104,10 +104,19 @@ class Reporter:
         try:
             report = InstanceReport(
                 instance=self._instances.own,
-                generator=None if self._generator is None or ended else await self._generator(),
+                generator=None if ended else await self._generator_health(),
                 metrics=(await self._metrics()).decode(),
                 ended=ended,
             )
             await asyncio.get_running_loop().run_in_executor(self._executor, self._instances.leave, report)
         except WanError as failure:
             log_failure("report_failed", failure)
+
+    async def _generator_health(self) -> GeneratorHealth | None:
+        """None where there is no generator, and while a lost one is being replaced."""
+        if self._generator is None:
+            return None
+        try:
+            return await self._generator()
+        except WanError:  # the jobs that wait for it tell
+            return None

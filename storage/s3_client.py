@@ -109,7 +109,7 @@ class S3Client:
                 if not failed.passing or not self._may_repeat(attempt, began):
                     raise failed.error from error
                 maybe_done = maybe_done or failed.maybe_done
-            time.sleep(_FIRST_PAUSE_S * 2**attempt)
+            time.sleep(_FIRST_PAUSE_S * 2**attempt)  # the backoff of a repetition
             attempt += 1
 
     def _may_repeat(self, attempt: int, began: float) -> bool:

@@ -49,7 +49,7 @@ def follow(connection: Connection, job_id: str) -> Iterator[Job]:
         yield job
         if job.state.is_terminal:
             return
-        time.sleep(pause_s)
+        time.sleep(pause_s)  # as the service's Retry-After asks
 
 
 def poll(connection: Connection, job_id: str) -> tuple[Job, float]:

@@ -49,7 +49,7 @@ class Pauses:
             raise error
         if self._on_trouble is not None:
             self._on_trouble(error, pause_s)
-        time.sleep(pause_s)
+        time.sleep(pause_s)  # the backoff of a repetition
         self._backoff_s = min(2 * self._backoff_s, _LONGEST_PAUSE_S)
 
 

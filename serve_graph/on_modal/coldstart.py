@@ -66,4 +66,4 @@ def _wait_until_none(started: Any) -> None:
     while started.get_current_stats().num_total_runners:
         if time.monotonic() > deadline:
             raise TimeoutError("a container stays up: is somebody using the service?")
-        time.sleep(POLL_S)
+        time.sleep(POLL_S)  # Modal tells its number of containers to whoever asks

@@ -43,7 +43,7 @@ def smoke_test(url: str, api_key: str | None = None) -> None:
         answer = httpx.get(clip.output_url, follow_redirects=True, timeout=60)
         _told("fetch", answer.status_code == 200 and answer.content[4:8] == b"ftyp", f"{len(answer.content)} bytes")
         while time.monotonic() - signed_at < SMOKE_TTL_S + EXPIRY_MARGIN_S and answer.status_code == 200:
-            time.sleep(1)
+            time.sleep(1)  # the clock is what expires it
             answer = httpx.get(clip.output_url, headers={"Range": "bytes=0-0"}, timeout=60)
             if answer.status_code == 206:
                 answer.status_code = 200

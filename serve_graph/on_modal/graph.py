@@ -27,7 +27,7 @@ from serve_graph.server import (
     ray_runtime,
     stop_app,
 )
-from serve_graph.settings import SECRET_NAMES, read_settings
+from serve_graph.settings import SECRET_NAMES, StorageSettings, read_settings
 from serve_graph.stores import prepared
 
 _MARGIN_S = 30
@@ -47,6 +47,10 @@ class Graph:
     def __init__(self, options: ModalOptions) -> None:
         self._options = options
         self._config: ServeConfig | None = None
+        self._args: dict[str, Any] = {}
+        self._secrets: dict[str, str] = {}
+        self._storage = StorageSettings()
+        self._start = ""
         self._watching: asyncio.Task[None] | None = None
         self._stack = ExitStack()
 

@@ -74,7 +74,7 @@ class RunFolder:
     def wait_while_paused(self) -> None:
         """Return once there is no pause file."""
         while self.pause_file is not None and self.pause_file.exists():
-            time.sleep(_PAUSE_POLL_S)
+            time.sleep(_PAUSE_POLL_S)  # a file tells that the pause is over
 
     def steps(self, first: int, last: int) -> Iterator[int]:
         """first to last - 1, each once the pause file is gone."""

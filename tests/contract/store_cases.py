@@ -175,7 +175,7 @@ def s3_case(server: S3Server) -> Iterator[StoreCase]:
 
 def wait_for_the_clock(time_: datetime) -> None:
     while (left := time_ - datetime.now(UTC)) >= timedelta(0):
-        time.sleep(left.total_seconds() + 0.01)
+        time.sleep(left.total_seconds() + 0.01)  # the store's clock is what is waited for
 
 
 def crash(open_store: Callable[[], ObjectStore], task: str, *arguments: str) -> None:

@@ -49,7 +49,7 @@ def send(service: RunningService, seed: int) -> Outcome:
                 outcome.answer = answer
                 break
             outcome.refusals.append(answer.json()["type"].rpartition(":")[2])
-            time.sleep(int(answer.headers["retry-after"]))
+            time.sleep(int(answer.headers["retry-after"]))  # as the answer asks
     outcome.seconds = time.monotonic() - began
     return outcome
 

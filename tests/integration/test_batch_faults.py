@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from polling import until
 from service_core.control import Core, Nursery, Work, cores, planned
 
 from schemas.batches import Batch, BatchResult
@@ -50,13 +51,8 @@ def batch_of(core: Core, batch_id: str) -> Batch:
 
 
 def ended(core: Core, batch_id: str) -> Batch:
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        batch = batch_of(core, batch_id)
-        if batch.state == "ended":
-            return batch
-        time.sleep(0.1)
-    raise AssertionError(batch_of(core, batch_id))
+    until(lambda: batch_of(core, batch_id).state == "ended", "the batch's end", PATIENCE_S)
+    return batch_of(core, batch_id)
 
 
 def results(core: Core, batch_id: str) -> list[BatchResult]:
@@ -72,7 +68,7 @@ def test_a_batch_survives_its_process_killed_again_and_again(
         core.start()
         made = [submit(core, TOTAL, f"key-{number}") for number in range(2)]
         for _ in range(KILLS):
-            time.sleep(luck.uniform(0.05, 0.6))
+            time.sleep(luck.uniform(0.05, 0.6))  # the kill comes at a random moment
             core.kill()
             core.start()
         for batch in made:
@@ -96,7 +92,7 @@ def test_two_processes_share_batches_while_one_is_killed_again_and_again(
             planned(core).start()
         made = [submit(core, TOTAL, f"key-{number}") for number, core in enumerate((one, other))]
         for _ in range(KILLS):
-            time.sleep(luck.uniform(0.05, 0.6))
+            time.sleep(luck.uniform(0.05, 0.6))  # the kill comes at a random moment
             other.kill()
             other.start()
         for batch in made:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from polling import until
 from s3_servers.ministack import BUCKETS, Ministack
 from service_core.control import Core, Nursery, Work, cores, ended_jobs, planned, succeeded
 
@@ -68,7 +69,7 @@ class Clients:
             assert answer is None or answer.status_code in (429, 503), answer.text
             if self._stop.is_set():
                 return
-            time.sleep(0.02)
+            time.sleep(0.02)  # the service is down or full: the client asks again
 
 
 def check_all_done_once(core: Core, acknowledged: list[str]) -> Work:
@@ -91,10 +92,7 @@ def clips(core: Core) -> list[Path]:
 
 
 def wait_for(what: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not what():
-        assert time.monotonic() < deadline, "it does not come about"
-        time.sleep(0.05)
+    until(what, "what the other process was to do", timeout_s)
 
 
 def unfiled(core: Core) -> list[Path]:
@@ -109,7 +107,7 @@ def test_killed_at_random_moments(nursery: Nursery, tmp_path: Path, tell: Callab
         core.start()
         with Clients([core.base], waiting=True) as clients:
             for kill in range(KILLS):  # now and then it lives long enough to take over what its predecessors left
-                time.sleep(dice.uniform(0.02, 0.35) if kill % 5 else 1.5)
+                time.sleep(dice.uniform(0.02, 0.35) if kill % 5 else 1.5)  # the kill comes at a random moment
                 core.kill()
                 core.start()
         acknowledged = sorted(set(clients.acknowledged))
@@ -133,9 +131,9 @@ def test_two_services_on_one_store(nursery: Nursery, tmp_path: Path, tell: Calla
         second.start()
         with Clients([first.base, second.base], waiting=True) as clients:
             for _ in range(8):
-                time.sleep(dice.uniform(0.1, 0.4))
+                time.sleep(dice.uniform(0.1, 0.4))  # a random moment
                 first.kill()
-                time.sleep(dice.uniform(0.0, 0.8))
+                time.sleep(dice.uniform(0.0, 0.8))  # a random moment
                 first.start()
         acknowledged = sorted(set(clients.acknowledged))
         work = check_all_done_once(second, acknowledged)
@@ -213,7 +211,7 @@ def test_the_bucket_is_away_for_more_than_three_leases(
         job_ids = [submit(services[0], f"{n}") for n in range(10)]
         wait_for(lambda: Work.read(services[0]).commits >= 2)
         server.freeze()
-        time.sleep(4 * LEASE_S)
+        time.sleep(4 * LEASE_S)  # the outage is what the test is about
         server.thaw()
         jobs = ended_jobs(services[-1], job_ids, PATIENCE_S)
         assert succeeded(jobs) == len(jobs)

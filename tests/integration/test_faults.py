@@ -19,7 +19,6 @@ from tests.integration.service import RunningService
 HASTY = {"name": "Generator", "health_check_period_s": 1, "health_check_timeout_s": 1}
 
 SLOW_STEPS = {"prompt": "an otter", "num_frames": 81, "resolution": "128p", "num_inference_steps": 100}
-NUM_SLOW = 1
 ADDRESS = re.compile(r"\b\d{1,3}(\.\d{1,3}){3}\b")
 Tell = Callable[[str, str], None]
 
@@ -136,20 +135,17 @@ def test_hung_generator_is_replaced_and_its_job_tried_again(tmp_path: Path, tell
 
 
 def test_hung_device_thread_is_noticed_and_its_process_replaced(tmp_path: Path, tell: Tell) -> None:
-    """Every step of these jobs takes longer than a hang is allowed to; the process itself answers all the time."""
+    """Every step of this job takes longer than a hang is allowed to; the process itself answers all the time."""
     service = RunningService(tmp_path, deployments=[HASTY], engine={"hang_timeout_s": 0.005}).wait_ready()
     try:
         before = service.replica("Generator")
-        with service.client(timeout_s=150) as http, concurrent.futures.ThreadPoolExecutor(NUM_SLOW) as pool:
-            answers = list(pool.map(lambda _: http.post("/generate", json=SLOW_STEPS), range(NUM_SLOW)))
-        statuses = [answer.status_code for answer in answers]
+        with service.client(timeout_s=150) as http:
+            answer = http.post("/generate", json=SLOW_STEPS)
         retried = service.log("job_retried")
-        tell("faults", f"hung device thread: {len(retried)} attempts begun anew; answers {statuses}")
+        tell("faults", f"hung device thread: {len(retried)} attempts begun anew; answer {answer.status_code}")
         assert retried
         assert {line["error"] for line in retried} == {"worker-lost"}
-        assert {answer.json()["type"].rpartition(":")[2] for answer in answers if answer.status_code != 200} <= {
-            "worker-lost"
-        }
+        assert answer.status_code == 200 or answer.json()["type"] == "urn:wan-serve:problem:worker-lost"
         assert psutil.wait_procs([before], timeout=10)[1] == []
     finally:
         service.stop()

@@ -5,12 +5,12 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
+from polling import until
 
 from tests.integration.load import wait_running
 from tests.integration.service import RunningService, run_serve, write_config
@@ -60,10 +60,8 @@ def test_two_services_share_a_data_folder(tmp_path: Path) -> None:
         assert second.stop() == 0
         first.replica("Generator").kill()
         with first.client() as http:
-            while http.get("/health/ready").status_code == 200:
-                time.sleep(0.1)
-            while http.get("/health/ready").status_code != 200:
-                time.sleep(0.1)
+            until(lambda: http.get("/health/ready").status_code != 200, "the loss of the generator")
+            until(lambda: http.get("/health/ready").status_code == 200, "another generator")
             assert http.post("/generate", json={"prompt": "still here"}).status_code == 200
     finally:
         first.stop()

@@ -21,6 +21,7 @@ import psutil
 import pytest
 from modal_loopback import Container, Finished, Loopback
 from modal_loopback.calls import Call
+from polling import until
 from prometheus_client.parser import text_string_to_metric_families
 from random_wan import RANDOM_WAN, model_variables
 from s3_servers.ministack import BUCKETS
@@ -132,10 +133,7 @@ def warm(service: Service) -> Service:
 def running(client: WanClient, **fields: object) -> Job:
     """A job that denoises just now."""
     job = client.submit(GenerateRequest.model_validate({"prompt": "a long one", **LONG, **fields}))
-    deadline = time.monotonic() + START_S
-    while client.job(job.job_id).state is not JobState.RUNNING:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: client.job(job.job_id).state is JobState.RUNNING, "a job that runs", START_S)
     return job
 
 
@@ -149,10 +147,8 @@ def check_cancel(client: WanClient) -> None:
 
 def check_batch(client: WanClient) -> None:
     batch = client.submit_batch([GenerateRequest(prompt=PROMPT, seed=number) for number in range(6)])
-    deadline = time.monotonic() + START_S
-    while (seen := client.batch(batch.batch_id)).state != "ended":
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    until(lambda: client.batch(batch.batch_id).state == "ended", "the batch's end", START_S)
+    seen = client.batch(batch.batch_id)
     results = list(client.batch_results(batch.batch_id))
     assert seen.counts.succeeded == 6
     assert [result.clip is not None and result.clip.seed for result in results] == list(range(6))
@@ -211,7 +207,7 @@ def test_health_and_polls_answer_beside_four_renders_and_four_waiting_callers(wa
     with ThreadPoolExecutor(8) as pool, warm.http() as http, warm.client() as client:
         sent = [pool.submit(client.generate, GenerateRequest(prompt=PROMPT, seed=seed, **LONG)) for seed in range(8)]
         while http.get("/jobs", params={"state": "running"}).json()["jobs"] == []:
-            time.sleep(0.1)
+            time.sleep(0.1)  # the pace of a client
         some = http.get("/jobs").json()["jobs"][0]["job_id"]
         seconds: dict[str, list[float]] = {"/health": [], f"/jobs/{some}": []}
         while not all(clip.done() for clip in sent):
@@ -246,10 +242,7 @@ def test_a_container_s_own_page_and_the_front_s_tell_the_same(warm: Service) -> 
         for sample in family.samples
         if sample.name == "wan_jobs_total" and sample.labels["outcome"] == "succeeded"
     ]
-    deadline = time.monotonic() + 30
-    while warm.metric("wan_jobs_total", outcome="succeeded") < sum(rendered):  # it comes with the next report
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    until(lambda: warm.metric("wan_jobs_total", outcome="succeeded") >= sum(rendered), "the next report", 30)
 
 
 def test_thaws_answer_soon(warm: Service, tell: Tell) -> None:
@@ -261,7 +254,7 @@ def test_thaws_answer_soon(warm: Service, tell: Tell) -> None:
             began = time.perf_counter()
             container.thaw()
             while own.get("/health/ready").status_code != 200:
-                time.sleep(0.01)
+                time.sleep(0.01)  # the first healthy answer is what is timed
             seconds.append(time.perf_counter() - began)
 
     tell("modal", f"thaw to the first healthy answer: median {statistics.median(seconds):.2f} s of 10 (goal 1)")
@@ -308,10 +301,7 @@ def test_a_container_killed_in_a_render_loses_nothing_and_a_broken_restore_is_bu
     assert (ended.state, ended.attempts) == (JobState.SUCCEEDED, 2)
     assert warm.generators() == [broken]
     assert "restore_failed" in broken.log
-    deadline = time.monotonic() + 30
-    while not warm.metric("wan_container_starts_total", start="rebuilt"):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    until(lambda: warm.metric("wan_container_starts_total", start="rebuilt"), "the count of rebuilt graphs", 30)
 
 
 def test_the_sweeper_calls_again_for_a_job_whose_call_is_lost(service: Service) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
+from polling import until
 from prometheus_client.parser import text_string_to_metric_families
 from random_wan import model_variables
 from ray_cluster.control import RayCluster
@@ -21,7 +22,6 @@ from serve_graph.api_keys import new_key
 
 TOTAL = 40
 LEASE_S = 5.0
-PATIENCE_S = 300.0
 DRAIN_S = 3_900
 """As in configs/rayservice.yaml's preStop hook."""
 
@@ -75,13 +75,6 @@ class Client:
     def results(self, base: str, batch_id: str) -> list[BatchResult]:
         lines = self.get(f"{base}/batches/{batch_id}/results").text.splitlines()
         return [BatchResult.model_validate_json(line) for line in lines]
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"never: {what}"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")

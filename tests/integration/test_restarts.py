@@ -21,6 +21,7 @@ import psutil
 import pytest
 from async_jobs import PROMPT, events, submit
 from load import wait_running
+from polling import until
 from service import RunningService
 
 from schemas.jobs import Job, JobState
@@ -142,7 +143,7 @@ def test_each_job_gets_its_clip_through_kills_of_the_whole_service(lasting: Last
                 job = submit(http, f"{kill}-{number}", **fields)
                 acknowledged[job.job_id] = job
         wait_running(lasting.service)
-        time.sleep(dice.uniform(0.0, 0.4))
+        time.sleep(dice.uniform(0.0, 0.4))  # the kill comes at a random moment
         lasting.kill()
         lasting.start()
     with lasting.service.client() as http:
@@ -152,10 +153,7 @@ def test_each_job_gets_its_clip_through_kills_of_the_whole_service(lasting: Last
     same = [job.clip.sha256 for job in ended.values() if job.clip and job.parameters.reproducible]
     assert same == [wanted] * KILLS
     attempts = sum(job.attempts for job in ended.values())
-    deadline = time.monotonic() + 30
-    while list((lasting.folder / "store").glob("active/*/*")):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: not list((lasting.folder / "store").glob("active/*/*")), "an empty index of active jobs", 30)
     assert len(clips(lasting) - there) == len(ended) + 1
     assert list((lasting.folder / "data" / "spool").rglob("*.mp4")) == []
     tell(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from polling import until
 from pydantic import SecretStr
 from s3_servers.ministack import BUCKETS, Ministack
 
@@ -82,8 +83,7 @@ def test_every_request_ends_well_when_the_bucket_is_away_for_a_while(
             usual = run(service)
             with watched_readiness(service) as changes:
                 outcomes = run(service, outage)
-                while changes[-1][1] != 200:
-                    time.sleep(0.05)
+                until(lambda: changes[-1][1] == 200, "a ready service")
             credentials = static_credentials(SecretStr(server.access_key), SecretStr(server.secret_key))
             store = S3Store(S3Options.model_validate(options), credentials)
             records = [JobRecords(store).get(stat.key[5:-5])[0] for stat in store.list("jobs/").stats]

@@ -91,7 +91,7 @@ class LocalCluster:
         assert accepted, why
         while any("ServeReplica:" in " ".join(_command(process)) for process in self._family(node)):
             assert time.monotonic() - began < limit_s, "replicas did not leave the node"
-            time.sleep(LOOK_S)
+            time.sleep(LOOK_S)  # another process's end is seen in /proc only
         return time.monotonic() - began
 
     def number(self, node_id: str) -> int:

@@ -54,7 +54,7 @@ class Daemon:
                 raise ServerFailed(f"it ended with status {self._process.returncode}: {self._last_lines()}")
             if time.monotonic() > give_up:
                 raise ServerFailed(f"not ready after {timeout_s} s: {self._last_lines()}")
-            time.sleep(POLL_S)
+            time.sleep(POLL_S)  # a server says that it is ready by answering
 
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)

@@ -74,7 +74,7 @@ class Core:
             with suppress(httpx.TransportError):
                 if httpx.get(self.base + "/health/live", timeout=2).status_code == 200:
                     return
-            time.sleep(LOOK_S)
+            time.sleep(LOOK_S)  # a start is seen by asking
         raise AssertionError(Path(self.plan.output).read_text()[-2000:])
 
     def kill(self) -> None:
@@ -102,7 +102,7 @@ class Core:
         deadline = time.monotonic() + START_TIMEOUT_S
         while Path(f"/proc/{self.pid}").exists():
             assert time.monotonic() < deadline, f"process {self.pid} does not end"
-            time.sleep(LOOK_S)
+            time.sleep(LOOK_S)  # no child of this process: its end is seen in /proc only
         self.pid = 0
 
 
@@ -182,7 +182,7 @@ def ended_jobs(core: Core, job_ids: list[str], timeout_s: float) -> list[Job]:
                     jobs[job_id] = Job.model_validate_json(answer.content)
             if all(job.state.is_terminal for job in jobs.values()):
                 break
-            time.sleep(0.1)
+            time.sleep(0.1)  # between looks over HTTP
     return [jobs[job_id] for job_id in job_ids]
 
 

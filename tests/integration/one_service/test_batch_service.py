@@ -4,10 +4,10 @@ import json
 import os
 import re
 import subprocess
-import time
 from pathlib import Path
 
 import httpx
+from polling import until
 from service import RunningService
 
 from schemas.batches import Batch, BatchResult
@@ -17,13 +17,11 @@ README = Path(__file__).parents[3] / "README.md"
 
 
 def ended(http: httpx.Client, batch_id: str) -> Batch:
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        batch = Batch.model_validate_json(http.get(f"/batches/{batch_id}").content)
-        if batch.state == "ended":
-            return batch
-        time.sleep(0.2)
-    raise AssertionError(batch)
+    def seen() -> Batch:
+        return Batch.model_validate_json(http.get(f"/batches/{batch_id}").content)
+
+    until(lambda: seen().state == "ended", "the batch's end", PATIENCE_S)
+    return seen()
 
 
 def test_a_batch_of_20_ends_with_20_clips_in_order(service: RunningService) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from polling import until
 from scripted.service import scripted_service
 
 from schemas.jobs import Job, JobState
@@ -108,8 +109,8 @@ def test_batch_runs_to_its_end_and_its_results_come_in_order(client: WanClient, 
     key = f"batch-{time.time_ns()}"
     batch = client.submit_batch(requests, key)
     assert (batch.total, client.submit_batch(requests, key).batch_id) == (4, batch.batch_id)
-    while (batch := client.batch(batch.batch_id)).state != "ended":
-        time.sleep(0.05)
+    until(lambda: client.batch(batch.batch_id).state == "ended", "the batch's end")
+    batch = client.batch(batch.batch_id)
 
     results = list(client.batch_results(batch.batch_id))
     assert [(result.index, result.state) for result in results] == [(n, JobState.SUCCEEDED) for n in range(4)]
@@ -125,10 +126,9 @@ def test_batch_runs_to_its_end_and_its_results_come_in_order(client: WanClient, 
 def test_batch_can_be_cancelled(client: WanClient) -> None:
     batch = client.submit_batch([LONG] * 3)
     client.cancel_batch(batch.batch_id)
-    while (batch := client.batch(batch.batch_id)).state != "ended":
-        time.sleep(0.05)
+    until(lambda: client.batch(batch.batch_id).state == "ended", "the batch's end")
 
-    assert batch.counts.cancelled >= 1
+    assert client.batch(batch.batch_id).counts.cancelled >= 1
     assert client.cancel_batch(batch.batch_id).state == "ended"
 
 

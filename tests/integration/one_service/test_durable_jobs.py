@@ -74,7 +74,7 @@ def steps_at_rest(http: httpx.Client) -> dict[str, float]:
     """Once the engine has counted those of jobs that other tests have cancelled."""
     last = steps(http)
     while True:
-        time.sleep(0.3)
+        time.sleep(0.3)  # counters say that they rest by not moving
         now = steps(http)
         if now == last:
             return now

@@ -11,7 +11,7 @@ INSIDE = (
     'File "',
     "site-packages",
     "/tmp",  # noqa: S108  # looked for, not used
-    "/root",
+    str(Path.home()),
     ".py",
     "jobs/job_",
     "clips/clip_",
