@@ -24,7 +24,7 @@ from serve_graph.tiny_wan.muon import Muon
 from serve_graph.tiny_wan.run_folder import RunFolder
 from serve_graph.tiny_wan.world import Frames, draw, held_out_scene, place, training_scene
 
-STEPS = 2_400
+STEPS = 1_800
 BATCH = 8
 SEED = 1
 LEARNING_RATE = 2e-3
@@ -78,7 +78,8 @@ def train_vae(
         decay = min(1.0, 2 * (1 - step / steps))  # constant to half, then linear to zero
         for optimizer, rate in zip(optimizers, rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * decay * min(1.0, (step + 1) / 50)
-        loss, kl = vae_loss(vae, to_tensor(training_clips(rng, batch)))
+        with torch.autocast("cpu", torch.bfloat16):  # 1.5 times as quick; the weights stay float32
+            loss, kl = vae_loss(vae, to_tensor(training_clips(rng, batch)))
         (loss + kl).backward()  # type: ignore[no-untyped-call]  # torch's own
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         for optimizer in optimizers:
@@ -142,11 +143,11 @@ def to_tensor(clips: Frames) -> torch.Tensor:
 
 def vae_loss(vae: AutoencoderKLWan, clips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """clips: (B, 3, T, H, W) in [-1, 1]. Returns the reconstruction loss and the weighted KL."""
-    mean, log_variance = vae._encode(clips).chunk(2, dim=1)
+    mean, log_variance = vae._encode(clips).float().chunk(2, dim=1)
     log_variance = log_variance.clamp(-20, 10)
     std = (0.5 * log_variance).exp()
     latents = mean + std.clamp_min(LEAST_LATENT_STD) * torch.randn_like(mean)
-    error = decode(vae, latents) - clips
+    error = decode(vae, latents).float() - clips
     weight = 1 + EDGE_WEIGHT * edges(clips)
     reconstruction = (weight * (error.abs() + error.square())).mean()
     kl = 0.5 * (mean.square() + std.square() - 1 - log_variance).sum(1).mean()
