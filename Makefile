@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(STAMP) ## Start the service, make one clip (out/demo.mp4, out/demo.png), stop the service
+demo: $(STAMP) ## Start the service, make eight clips (out/demo-1.mp4 …, out/demo.png), stop the service
 	@$(BIN)/wan-serve demo --config $(CONFIG)
 
 serve: $(STAMP) ## Run the service on 127.0.0.1:8000 until Ctrl-C

@@ -47,7 +47,7 @@ class Stock:
         torch.set_num_threads(settings.engine.num_threads)
         diffusers_logging.disable_progress_bar()
         self._settings = settings
-        checkpoint = locate_checkpoint(settings.profile, None, None, settings.models_dir).folder
+        checkpoint = locate_checkpoint(settings.profile, None, None).folder
         self._folder = settings.data_dir / "stock"
         self._folder.mkdir()
         self._pipeline = WanPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32, disable_mmap=True)
@@ -112,7 +112,7 @@ class BareEngine:
         torch.set_num_threads(settings.engine.num_threads)
         self._settings = settings
         self._profile = settings.profile
-        folder = locate_checkpoint(self._profile, None, None, settings.models_dir).folder
+        folder = locate_checkpoint(self._profile, None, None).folder
         parts = load_generator_parts(folder, _CPU, "float32", "float32")
         self._text_encoder = TextEncoder(
             load_text_parts(folder, _CPU, "float32"),

@@ -107,10 +107,12 @@ class ModelProfile(BaseModel):
     def legal(self, field: str) -> str | None:
         """What `field` may hold, in words; None for a field that no profile bounds."""
         sizes = ", ".join(f"{r.width}x{r.height}" for r in self.resolutions)
+        lengths = f"4k+1 from {self.min_num_frames} to {self.max_num_frames}"
+        if self.min_num_frames == self.max_num_frames:
+            lengths = str(self.min_num_frames)
         words = {
-            "num_frames": f"4k+1 from {self.min_num_frames} to {self.max_num_frames}",
-            "duration": f"(num_frames - 1) / fps seconds, num_frames 4k+1 from {self.min_num_frames} "
-            f"to {self.max_num_frames}",
+            "num_frames": lengths,
+            "duration": f"(num_frames - 1) / fps seconds, num_frames {lengths}",
             "fps": "one of " + ", ".join(map(str, self.fps)),
             "resolution": "one of " + ", ".join(unique(r.name for r in self.resolutions)),
             "aspect_ratio": "one of " + ", ".join(unique(r.aspect_ratio for r in self.resolutions)),

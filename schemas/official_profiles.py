@@ -64,12 +64,9 @@ WAN_TINY = WAN_1_3B.model_copy(
         "name": "wan-tiny",
         "hub_id": None,
         "max_sequence_length": 128,
-        "resolutions": (
-            Resolution(name="64p", aspect_ratio="1:1", width=64, height=64),
-            Resolution(name="64p", aspect_ratio="16:9", width=112, height=64),
-            Resolution(name="64p", aspect_ratio="9:16", width=64, height=112),
-            Resolution(name="128p", aspect_ratio="1:1", width=128, height=128),
-        ),
+        "resolutions": (Resolution(name="64p", aspect_ratio="1:1", width=64, height=64),),  # what it was trained on
+        "min_num_frames": 17,
+        "max_num_frames": 17,
         "defaults": Defaults(
             resolution="64p",
             aspect_ratio="1:1",

@@ -70,15 +70,18 @@ def doctor(config: Config = CONFIG, host: Host = None, port: Port = None, as_jso
 @app.command()
 def demo(
     config: Config = CONFIG,
-    prompt: Annotated[str, typer.Option(help="What to show.")] = "a red circle moving left",
-    out: Annotated[Path, typer.Option(help="Folder for demo.mp4 and demo.png.")] = Path("out"),
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="What to show; may be given several times.", show_default="eight held-out ones"),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for demo-1.mp4 and so on, and demo.png.")] = Path("out"),
     as_json: AsJson = False,
 ) -> None:
-    """Start the service, make one clip, save it with a contact sheet, stop the service."""
+    """Start the service, make clips, save them with a contact sheet, stop the service."""
     from serve_graph.demo import DemoFailed, run_demo
 
     try:
-        report = run_demo(config, prompt, out)
+        report = run_demo(config, prompt or [], out)
     except ConfigError as error:
         fail(str(error), WRONG_USAGE, as_json)
     except DemoFailed as error:

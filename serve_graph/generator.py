@@ -48,7 +48,7 @@ class Generator:
         device = checkpoint.pick_device("cpu" if model.load_on_cpu else model.device, "model.device")
         runs_on = torch.device("cuda") if model.load_on_cpu and model.device != "cpu" else device
         dtype = checkpoint.resolve_dtype(model.dtype, runs_on)
-        found = locate_checkpoint(profile, model.path, model.revision, settings.models_dir)
+        found = locate_checkpoint(profile, model.path, model.revision)
         vae_dtype = checkpoint.resolve_dtype(model.vae_dtype, runs_on)
         self._parts = checkpoint.load_generator_parts(found.folder, device, dtype, vae_dtype, runs_on)
         self._device = device

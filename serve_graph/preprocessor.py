@@ -44,7 +44,7 @@ class Preprocessor:
         torch.set_num_threads(settings.text.num_threads)
         profile, model = settings.profile, settings.model
         device = checkpoint.pick_device(model.text_device, "model.text_device")
-        found = locate_checkpoint(profile, model.path, model.revision, settings.models_dir)
+        found = locate_checkpoint(profile, model.path, model.revision)
         self._registry = new_registry()
         self._metrics = PreprocessorMetrics(self._registry)
         self._encoder = TextEncoder(

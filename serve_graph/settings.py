@@ -322,10 +322,6 @@ class Settings(BaseSettings):
     def spool_dir(self) -> Path:
         return self.data_dir / "spool"
 
-    @property
-    def models_dir(self) -> Path:
-        return self.data_dir / "models"
-
 
 class Secrets(BaseSettings):
     """From the environment only; each process reads its own and none is ever handed on."""

@@ -121,10 +121,10 @@ def one_torch_thread() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory, one_torch_thread: None) -> Path:
-    """The tiny checkpoint in diffusers' layout, built for this session."""
-    from serve_graph.engine.tiny_checkpoint import build_tiny_checkpoint
+    """The random checkpoint in diffusers' layout, built for this session."""
+    from random_checkpoint import build_random_checkpoint
 
-    return build_tiny_checkpoint(tmp_path_factory.mktemp("models"))
+    return build_random_checkpoint(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from schemas.model_profile import ModelProfile, Resolution
-from schemas.official_profiles import WAN_TINY
+from schemas.official_profiles import WAN_1_3B, WAN_TINY
 
 RANDOM_WAN = WAN_TINY.model_copy(
     update={
         "name": "wan-random",
+        "min_num_frames": WAN_1_3B.min_num_frames,
+        "max_num_frames": WAN_1_3B.max_num_frames,
         "resolutions": (
             Resolution(name="64p", aspect_ratio="1:1", width=64, height=64),
             Resolution(name="64p", aspect_ratio="16:9", width=112, height=64),
@@ -27,9 +29,9 @@ RANDOM_WAN = WAN_TINY.model_copy(
 
 def model_settings(profile: ModelProfile = RANDOM_WAN) -> dict[str, Any]:
     """The settings `model.*` of a service that serves it. The checkpoint is made where it isn't there yet."""
-    from serve_graph.engine.tiny_checkpoint import build_tiny_checkpoint
+    from random_checkpoint import build_random_checkpoint
 
-    folder = build_tiny_checkpoint(Path(tempfile.gettempdir()) / f"wan-tests-{os.getuid()}")
+    folder = build_random_checkpoint(Path(tempfile.gettempdir()) / f"wan-tests-{os.getuid()}")
     return {"profile": profile.model_dump(mode="json"), "path": str(folder)}
 
 

@@ -1,6 +1,7 @@
 """Where a checkpoint lies: a folder in diffusers' layout. Loads no weights."""
 
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -8,19 +9,22 @@ from huggingface_hub import snapshot_download
 from schemas.errors import ModelNotReady
 from schemas.model_profile import ModelProfile
 
+SHIPPED = Path(__file__).parent.parent / "tiny_wan" / "checkpoint"
+"""The tiny Wan, part of this package."""
+
 _LAYOUT = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
-    """A checkpoint's folder, and its version where that is known: the hub's commit, or the tiny one's build."""
+    """A checkpoint's folder, and its version where that is known: the hub's commit, or the shipped one's checksum."""
 
     folder: Path
     revision: str | None
 
 
-def locate_checkpoint(profile: ModelProfile, path: Path | None, revision: str | None, cache: Path) -> FoundCheckpoint:
-    """Find the checkpoint: `path` itself, the hub's snapshot, or the tiny one, made under `cache`.
+def locate_checkpoint(profile: ModelProfile, path: Path | None, revision: str | None) -> FoundCheckpoint:
+    """Find the checkpoint: `path` itself, the hub's snapshot, or the shipped tiny Wan.
 
     Raises ModelNotReady, in one line that says what to do, when there is no such checkpoint.
     """
@@ -30,10 +34,7 @@ def locate_checkpoint(profile: ModelProfile, path: Path | None, revision: str | 
         snapshot = _download(profile.hub_id, revision)
         found = FoundCheckpoint(snapshot, snapshot.name)  # the hub's cache names the folder by the commit
     else:
-        from serve_graph.engine.tiny_checkpoint import build_tiny_checkpoint
-
-        folder = build_tiny_checkpoint(cache)
-        found = FoundCheckpoint(folder, folder.name)
+        found = FoundCheckpoint(SHIPPED, _checksum(SHIPPED))
     check_layout(found.folder)
     return found
 
@@ -45,6 +46,14 @@ def check_layout(folder: Path) -> None:
         raise ModelNotReady(
             f"the checkpoint lacks {', '.join(missing)}: model.path must name a folder in diffusers' layout"
         )
+
+
+def _checksum(folder: Path) -> str:
+    """Of the weights: 12 hexadecimal digits."""
+    digest = sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _download(hub_id: str, revision: str | None) -> Path:

@@ -114,6 +114,6 @@ class _Elsewhere:
         from serve_graph.engine.checkpoint_folder import locate_checkpoint
 
         settings, model = self._settings, self._settings.model
-        found = locate_checkpoint(settings.profile, model.path, model.revision, settings.models_dir)
+        found = locate_checkpoint(settings.profile, model.path, model.revision)
         tokenizer = AutoTokenizer.from_pretrained(found.folder / "tokenizer")
         return TokenCounter(tokenizer, settings.profile.max_sequence_length)

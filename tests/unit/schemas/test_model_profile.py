@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from random_wan import RANDOM_WAN
 
 from schemas.errors import FieldError, InvalidRequest
 from schemas.model_profile import DRAWN_SEED_BITS, ModelProfile, nearest_values
@@ -120,7 +121,7 @@ def test_resolve_takes_the_durations_that_a_refusal_names() -> None:
 
 
 def test_resolve_refuses_a_size_that_the_model_does_not_have() -> None:
-    errors = refused(WAN_TINY, width=100, height=100)
+    errors = refused(RANDOM_WAN, width=100, height=100)
 
     assert set(errors) == {"width", "height"}
     for error in errors.values():
@@ -141,7 +142,7 @@ def test_resolve_refuses_a_size_of_another_model() -> None:
 
 
 def test_resolve_refuses_an_aspect_ratio_that_the_resolution_does_not_have() -> None:
-    errors = refused(WAN_TINY, resolution="128p", aspect_ratio="16:9")
+    errors = refused(RANDOM_WAN, resolution="128p", aspect_ratio="16:9")
 
     assert set(errors) == {"aspect_ratio"}
     assert errors["aspect_ratio"].nearest == ("1:1",)

@@ -186,7 +186,6 @@ def test_read_settings_makes_relative_folders_absolute(monkeypatch: pytest.Monke
     assert settings.storage.folder == tmp_path / "s"
     assert settings.model.path == tmp_path / "m"
     assert settings.spool_dir == tmp_path / "d/spool"
-    assert settings.models_dir == tmp_path / "d/models"
 
 
 def test_public_url_is_the_configured_one_else_the_listeners() -> None:

@@ -1,5 +1,6 @@
-"""Finding and loading checkpoints: a folder in diffusers' layout, and the tiny one that is made on the spot."""
+"""Finding and loading checkpoints: a folder in diffusers' layout, and the one that is shipped."""
 
+import re
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from hashlib import sha256
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from random_checkpoint import BUILD, build_random_checkpoint
 
 from schemas.errors import ModelNotReady
 from schemas.official_profiles import WAN_1_3B, WAN_TINY
@@ -19,8 +21,7 @@ from serve_graph.engine.checkpoint import (
     pick_device,
     resolve_dtype,
 )
-from serve_graph.engine.checkpoint_folder import FoundCheckpoint, locate_checkpoint
-from serve_graph.engine.tiny_checkpoint import BUILD, build_tiny_checkpoint
+from serve_graph.engine.checkpoint_folder import SHIPPED, FoundCheckpoint, locate_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -30,39 +31,42 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_tiny_checkpoint_has_the_same_bytes_when_built_by_two_processes_at_once(
+def test_random_checkpoint_has_the_same_bytes_when_built_by_two_processes_at_once(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
-        folders = list(processes.map(build_tiny_checkpoint, [tmp_path, tmp_path]))
+        folders = list(processes.map(build_random_checkpoint, [tmp_path, tmp_path]))
 
     assert folders == [tmp_path / BUILD] * 2
     assert digests(folders[0]) == digests(tiny_folder)
     assert [path.name for path in tmp_path.iterdir()] == [BUILD]  # the loser's scratch is gone
 
 
-def test_tiny_checkpoint_leaves_torchs_random_state_alone(tmp_path: Path) -> None:
+def test_random_checkpoint_leaves_torchs_random_state_alone(tmp_path: Path) -> None:
     before = torch.get_rng_state()
 
-    build_tiny_checkpoint(tmp_path)
+    build_random_checkpoint(tmp_path)
 
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_tiny_checkpoint_is_not_built_again_when_it_is_there(tiny_folder: Path) -> None:
+def test_random_checkpoint_is_not_built_again_when_it_is_there(tiny_folder: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in tiny_folder.rglob("*")}
 
-    build_tiny_checkpoint(tiny_folder.parent)
+    build_random_checkpoint(tiny_folder.parent)
 
     assert {path: path.stat().st_mtime_ns for path in tiny_folder.rglob("*")} == before
 
 
-def test_locate_checkpoint_takes_the_configured_folder(tiny_folder: Path, tmp_path: Path) -> None:
-    assert locate_checkpoint(WAN_1_3B, tiny_folder, "abc", tmp_path) == FoundCheckpoint(tiny_folder, "abc")
+def test_locate_checkpoint_takes_the_configured_folder(tiny_folder: Path) -> None:
+    assert locate_checkpoint(WAN_1_3B, tiny_folder, "abc") == FoundCheckpoint(tiny_folder, "abc")
 
 
-def test_locate_checkpoint_makes_the_tiny_one_when_the_profile_has_no_hub_id(tiny_folder: Path, tmp_path: Path) -> None:
-    assert locate_checkpoint(WAN_TINY, None, None, tiny_folder.parent) == FoundCheckpoint(tiny_folder, BUILD)
+def test_locate_checkpoint_takes_the_shipped_one_when_the_profile_has_no_hub_id() -> None:
+    found = locate_checkpoint(WAN_TINY, None, None)
+
+    assert found.folder == SHIPPED
+    assert re.fullmatch("[0-9a-f]{12}", found.revision or "")
 
 
 @pytest.mark.parametrize("part", ["vae", "model_index.json"])
@@ -72,7 +76,7 @@ def test_locate_checkpoint_names_what_is_missing(tiny_folder: Path, tmp_path: Pa
     shutil.rmtree(broken / part) if (broken / part).is_dir() else (broken / part).unlink()
 
     with pytest.raises(ModelNotReady, match=part) as refusal:
-        locate_checkpoint(WAN_TINY, broken, None, tmp_path)
+        locate_checkpoint(WAN_TINY, broken, None)
 
     assert str(tmp_path) not in refusal.value.detail
 

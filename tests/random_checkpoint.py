@@ -1,7 +1,6 @@
-"""A tiny Wan checkpoint in diffusers' layout, made on the spot: the real classes, random weights, one seed.
+"""A checkpoint in diffusers' layout, made on the spot: the real classes, random weights, one seed; the suite's own.
 
-It stands in for a download on a laptop. The weights are drawn from a fixed seed, so every machine makes the same
-checkpoint; what it renders is texture, not what the prompt says.
+Smaller than the shipped tiny Wan, so that a clip takes milliseconds. It renders texture, not what the prompt says.
 """
 
 import os
@@ -14,7 +13,7 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
-BUILD = "wan-tiny-random-1"
+BUILD = "wan-random-1"
 """Names the folder; change it with anything below, so that no stale checkpoint is picked up."""
 
 _SEED = 2_110
@@ -31,7 +30,7 @@ _WORDS = (
 )
 
 
-def build_tiny_checkpoint(parent: Path) -> Path:
+def build_random_checkpoint(parent: Path) -> Path:
     """Make the checkpoint under `parent` unless it is there; safe when several processes start at once.
 
     Returns the folder in diffusers' layout. Raises OSError when `parent` can't be written.
