@@ -35,7 +35,7 @@ from serve_graph.tiny_wan.world import (
     training_scene,
 )
 
-STEPS = 20_000
+STEPS = 12_000
 BATCH = 16
 SEED = 3
 LEARNING_RATE = 2e-3
