@@ -21,6 +21,7 @@ from benchmarks.figures import Comparison, Measure, at_most, keeps_rate, spread
 from benchmarks.report import JobsReport, machine, print_jobs_report, versions, write_jobs_report
 from benchmarks.service import Service, ServiceFailed, running_service, write_config
 from benchmarks.workload import request
+from serve_graph.engine.checkpoint_folder import SHIPPED
 from serve_graph.settings import ENV_PREFIX
 
 BATCH = 2_000
@@ -59,7 +60,9 @@ class _Acceptance:
         async def one(n: int) -> str:
             async with turns:
                 body = request(900_000 + number * SINGLES + n).model_dump(mode="json", exclude_unset=True)
-                answer = await http.post("/generate", json=body | trace.LONG, headers={"Prefer": "respond-async"})
+                answer = await http.post(
+                    "/generate", json=body | {"num_inference_steps": 100}, headers={"Prefer": "respond-async"}
+                )
                 _expect(answer, 202)
                 return str(answer.json()["job_id"])
 
@@ -146,8 +149,9 @@ def _whose_turn(scratch: Path, bar: Progress, measures: list[Measure], compariso
     task = bar.add_task("mixed trace, srpt and fifo", total=2 * TRACES)
     outcomes: dict[str, list[trace.Outcome]] = {"fifo": [], "srpt": []}
     queue = {"max_waiting_jobs": 4 * trace.COUNT}
-    fifo_config, fifo_settings = write_config(scratch / "fifo", queue=queue | {"policy": "fifo"})
-    srpt_config, srpt_settings = write_config(scratch / "srpt", queue=queue | {"policy": "srpt"})
+    model = {"profile": trace.PROFILE.model_dump(mode="json"), "path": str(SHIPPED)}
+    fifo_config, fifo_settings = write_config(scratch / "fifo", model=model, queue=queue | {"policy": "fifo"})
+    srpt_config, srpt_settings = write_config(scratch / "srpt", model=model, queue=queue | {"policy": "srpt"})
     with (
         running_service(fifo_config, fifo_settings, scratch / "fifo") as fifo,
         running_service(srpt_config, srpt_settings, scratch / "srpt") as srpt,

@@ -11,10 +11,10 @@ one takes the next step) and whoever tells a client its position. Under `fifo` i
    c. items of batches, in the order of their fair starts (`Shares`).
 
 *No job starves.* When a job becomes overdue is fixed at its submission (`Turn.at_submission`): `max_stretch` times what
-`fifo` would have taken, less its own work. From then on only jobs go before it that became overdue earlier. All of
-these are known by then, since none becomes overdue before it was submitted. So it ends at the latest when the device
-has worked off those and itself, however many jobs of whatever class and size arrive meanwhile, and whether or not the
-estimates were right.
+`fifo` would have taken, or `ALONE_STRETCH` times its own work where that is more, less its own work. From then on only
+jobs go before it that became overdue earlier. All of these are known by then, since none becomes overdue before it was
+submitted. So it ends at the latest when the device has worked off those and itself, however many jobs of whatever class
+and size arrive meanwhile, and whether or not the estimates were right.
 
 The estimates come from `WorkModel`, which counts work and learns the seconds.
 """
@@ -38,6 +38,10 @@ the part of the device that they are sure of while others could use all of it.""
 
 MIN_FIFO_S = 0.5
 """What `fifo` takes at least, for `max_stretch`: hand-offs and uploads, in no estimate, make no job overdue."""
+
+ALONE_STRETCH = 4.0
+"""A job may take so many times its own work, however few were before it. Without it a long job that comes to an idle
+service is overdue after a third of its work, and short ones wait for all of the rest."""
 
 NEAR = 3.0
 """A deadline is near when what is left until then is at most so many times the job's remaining work."""
@@ -100,7 +104,7 @@ class WorkModel:
         return self._per_step_unit is not None
 
     def saw_step(self, work: Work, seconds: float) -> None:
-        """One more step of such a job took so long, the work of its neighbours included."""
+        """One more step of such a job took so many seconds of the device: its share, where jobs went together."""
         key = (work.shape, work.forwards)
         self._steps[key] = _blend(self._steps.get(key), seconds)
         self._per_step_unit = _blend(self._per_step_unit, seconds / _step_units(work))
@@ -175,14 +179,15 @@ class Turn:
         """The turn of a job that is submitted now.
 
         own_s, ahead_s: its work, and what is left of all jobs that came before it, which `fifo` would do first.
-        max_stretch: at least 1. So many times what `fifo` would have taken may the job take before others wait for it.
+        max_stretch: at least 1. So many times what `fifo` would have taken may the job take before others wait for it;
+        `ALONE_STRETCH` times its own work at least.
         """
         patient = priority == "low" or fair_start is not None
-        stretch = max_stretch * (PATIENCE_OF_LOW if patient else 1.0)
+        may_take_s = max(max_stretch * max(MIN_FIFO_S, ahead_s + own_s), ALONE_STRETCH * own_s)
         return cls(
             priority=priority,
             submitted=now,
-            overdue_at=now + stretch * max(MIN_FIFO_S, ahead_s + own_s) - own_s,
+            overdue_at=now + (PATIENCE_OF_LOW if patient else 1.0) * may_take_s - own_s,
             deadline=inf if deadline_s is None else now + deadline_s,
             fair_start=fair_start,
         )

@@ -150,7 +150,8 @@ class QueueSettings(_Section):
     max_stretch: float = Field(
         default=1.35,
         ge=1,
-        description="`srpt`: a job that would take longer than so many times its time under `fifo` goes before others.",
+        description="`srpt`: a job that would take longer than so many times its time under `fifo`, and than 4 times "
+        "its own work, goes before others.",
     )
     max_waiting_jobs: int = Field(default=256, ge=1, description="Beyond it, requests get a 429.")
     prefetch: int = Field(
