@@ -35,14 +35,14 @@ from serve_graph.tiny_wan.world import (
     training_scene,
 )
 
-STEPS = 12_000
+STEPS = 9_000
 BATCH = 16
 SEED = 3
 LEARNING_RATE = 2e-3
 EMA = 0.999
 CAPTION_DROPOUT = 0.1
 """How often a caption is left out, so that guidance has something to compare with."""
-FIRST_CLIPS, ALL_CLIPS = 3_000, 13_000
+FIRST_CLIPS, ALL_CLIPS = 2_000, 8_000
 """Clips whose latents are kept: white on black, and of all colours."""
 TEXT_LENGTHS = ((32, 0.5), (48, 0.3), (128, 0.2))
 """Rows that a caption is padded to, and how often. 128 is what the profile uses."""
