@@ -10,7 +10,9 @@ from pydantic import BaseModel
 from pydantic_settings import NoDecode
 
 import serve_graph
-from schemas.errors import Unavailable
+from schemas.errors import InvalidRequest, Unavailable
+from schemas.official_profiles import WAN_TINY
+from schemas.requests import GenerateRequest
 from serve_graph.cli import app
 from serve_graph.metrics import PROBLEMS, describe
 from serve_graph.settings import CLIENT_NAMES, ENV_PREFIX, SECRET_NAMES, Settings
@@ -44,6 +46,12 @@ def words() -> set[str]:
     """The README's words; names may hold dots, hyphens and underscores."""
     text = (PROJECT / "README.md").read_text()
     return {word.strip(".-") for word in re.findall(r"[A-Za-z0-9_.-]+", text)}
+
+
+def test_readme_tells_the_shipped_model_s_own_limits() -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        WAN_TINY.resolve(GenerateRequest(prompt="a", num_frames=80))
+    assert f"# num_frames: {refused.value.errors[0].message}\n" in (PROJECT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("path", SETTINGS, ids=".".join)

@@ -49,7 +49,7 @@ def test_python_client_example_runs(service: RunningService, tmp_path: Path) -> 
     printed = run(service, tmp_path, sys.executable, "-c", code.replace(DEFAULT_URL, service.base))
 
     assert (tmp_path / "circle.mp4").stat().st_size > 0
-    assert "nearest: 77, 81" in printed
+    assert "80 is not legal" in printed
 
 
 def test_jobs_example_runs(service: RunningService, tmp_path: Path) -> None:

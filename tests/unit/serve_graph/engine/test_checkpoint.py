@@ -2,15 +2,11 @@
 
 import re
 import shutil
-from concurrent.futures import ProcessPoolExecutor
-from hashlib import sha256
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-from random_checkpoint import BUILD, build_random_checkpoint
 
 from schemas.errors import ModelNotReady
 from schemas.official_profiles import WAN_1_3B, WAN_TINY
@@ -24,38 +20,6 @@ from serve_graph.engine.checkpoint import (
 from serve_graph.engine.checkpoint_folder import SHIPPED, FoundCheckpoint, locate_checkpoint
 
 CPU = torch.device("cpu")
-
-
-def digests(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def test_random_checkpoint_has_the_same_bytes_when_built_by_two_processes_at_once(
-    tiny_folder: Path, tmp_path: Path
-) -> None:
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
-        folders = list(processes.map(build_random_checkpoint, [tmp_path, tmp_path]))
-
-    assert folders == [tmp_path / BUILD] * 2
-    assert digests(folders[0]) == digests(tiny_folder)
-    assert [path.name for path in tmp_path.iterdir()] == [BUILD]  # the loser's scratch is gone
-
-
-def test_random_checkpoint_leaves_torchs_random_state_alone(tmp_path: Path) -> None:
-    before = torch.get_rng_state()
-
-    build_random_checkpoint(tmp_path)
-
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_random_checkpoint_is_not_built_again_when_it_is_there(tiny_folder: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in tiny_folder.rglob("*")}
-
-    build_random_checkpoint(tiny_folder.parent)
-
-    assert {path: path.stat().st_mtime_ns for path in tiny_folder.rglob("*")} == before
 
 
 def test_locate_checkpoint_takes_the_configured_folder(tiny_folder: Path) -> None:
