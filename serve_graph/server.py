@@ -301,15 +301,12 @@ def deploy(schema: "ServeDeploySchema", app_name: str, stopping: threading.Event
     client.deploy_apps(schema)
     deadline = time.monotonic() + START_TIMEOUT_S
     while not stopping.wait(_POLL_S):
-        app = serve.status().applications.get(app_name)
-        if app is not None and app.status == ApplicationStatus.RUNNING:
+        status = client.get_serve_status(app_name).app_status.status  # serve.status() costs both sides 50 ms of CPU
+        if status == ApplicationStatus.RUNNING:
             return
-        failed = app is not None and app.status in {
-            ApplicationStatus.DEPLOY_FAILED,
-            ApplicationStatus.UNHEALTHY,
-        }
+        failed = status in {ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY}
         if failed or time.monotonic() > deadline:
-            raise StartFailed(_report(app))
+            raise StartFailed(_report(serve.status().applications.get(app_name)))
 
 
 def _report(app: Any) -> str:
