@@ -8,6 +8,7 @@ from typing import Protocol
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
+from schemas.health import GpuHealth
 from serve_graph.api.app import create_api
 from serve_graph.api.auth import Authenticator
 from serve_graph.api.clip_files import SignedClips
@@ -17,6 +18,7 @@ from serve_graph.jobs import JobService, Patiences, QueueLimits
 from serve_graph.jobs.platform import Platform
 from serve_graph.jobs.worker import Worker
 from serve_graph.metrics import IngressMetrics, new_registry
+from serve_graph.service_plan import ServicePlan
 from serve_graph.settings import Settings, accepted_keys, webhook_signer
 from serve_graph.stores import open_signed_store
 from serve_graph.webhooks.sender import WebhookSender
@@ -35,6 +37,7 @@ class Assembly:
 
     exposition: the metrics' page; by default this process's own. platform: see `JobService`.
     echo_request_id: whether nobody else puts the request's id on the answer.
+    gpu: what the generator's will be, until it says so itself.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Assembly:
         registry: CollectorRegistry | None = None,
         platform: Platform | None = None,
         echo_request_id: bool = True,
+        gpu: GpuHealth | None = None,
     ) -> None:
         self._settings = settings
         self._exposition = exposition
@@ -91,6 +95,7 @@ class Assembly:
             webhook_policy=settings.webhooks.policy(can_sign=signer is not None),
             webhook_sender=self._webhooks,
             platform=platform,
+            plan=ServicePlan(settings.model, lambda: self._health.gpu or gpu),
         )
         self._health = HealthMonitor(
             settings, worker, opened.store, self.jobs, self.executor, on_demand=platform is not None

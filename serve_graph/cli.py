@@ -15,6 +15,7 @@ from serve_graph.cli_client import FAILED, INTERRUPTED, WRONG_USAGE, AsJson, fai
 from serve_graph.cli_eval import evaluate
 from serve_graph.cli_generate import generate
 from serve_graph.cli_jobs import cancel, health, jobs, models, status
+from serve_graph.cli_plan import plan
 from serve_graph.settings import ConfigError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -43,7 +44,7 @@ def serve(config: Config = CONFIG, host: Host = None, port: Port = None, as_json
         fail(str(error), FAILED, as_json)
 
 
-for command in (generate, batch, jobs, status, cancel, models, health):
+for command in (generate, batch, jobs, status, cancel, models, health, plan):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -19,6 +19,7 @@ from serve_graph.logs import configure_logging, log_event, log_failure
 from serve_graph.metrics import GeneratorMetrics, new_registry, snapshot
 from serve_graph.preprocessor import TEXT_ENCODER_GPUS
 from serve_graph.renewal import renew_process
+from serve_graph.service_plan import check_start
 from serve_graph.settings import Settings, StorageSettings
 from serve_graph.spool import claim_spool
 from serve_graph.stores import open_store
@@ -47,6 +48,9 @@ class Generator:
         model, profile = settings.model, settings.profile
         device = checkpoint.pick_device("cpu" if model.load_on_cpu else model.device, "model.device")
         runs_on = torch.device("cuda") if model.load_on_cpu and model.device != "cpu" else device
+        gpu = _gpu(device)
+        if gpu is not None:
+            check_start(settings, gpu.name, gpu.memory_total_bytes)
         dtype = checkpoint.resolve_dtype(model.dtype, runs_on)
         found = locate_checkpoint(profile, model.path, model.revision)
         vae_dtype = checkpoint.resolve_dtype(model.vae_dtype, runs_on)

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import Protocol
 
 from schemas.errors import ModelNotReady, ShuttingDown, StoreUnavailable, WanError
-from schemas.health import GeneratorHealth, Health, LastError, ModelHealth, QueueHealth, StorageHealth
+from schemas.health import GeneratorHealth, GpuHealth, Health, LastError, ModelHealth, QueueHealth, StorageHealth
 from serve_graph import __version__
 from serve_graph.settings import Settings
 from storage.store import ObjectStore
@@ -76,6 +76,11 @@ class HealthMonitor:
         problem = self._reason()
         if problem is not None:
             raise problem
+
+    @property
+    def gpu(self) -> GpuHealth | None:
+        """The generator's GPU, as of the last look; None where it has none, or has not said so yet."""
+        return self._generator.gpu if self._generator is not None else None
 
     async def health(self) -> Health:
         """Everything that is known, ready or not."""

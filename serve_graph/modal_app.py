@@ -13,6 +13,7 @@ from typing import Any
 import modal
 from modal.mount import ROOT_DIR
 
+from schemas.health import GpuHealth
 from serve_graph.on_modal.options import (
     MAX_INPUTS,
     SWEEP_S,
@@ -147,7 +148,9 @@ def web() -> Any:
     from serve_graph.on_modal.calls import ModalPlatform
     from serve_graph.on_modal.front import Front
 
-    return Front(front_settings(OPTIONS), ModalPlatform(OPTIONS, Generator().generate)).app()
+    card = OPTIONS.card
+    gpu = GpuHealth(name=card.name, memory_total_bytes=card.memory_bytes, memory_used_bytes=0)
+    return Front(front_settings(OPTIONS), ModalPlatform(OPTIONS, Generator().generate), gpu).app()
 
 
 @app.function(

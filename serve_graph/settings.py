@@ -183,7 +183,8 @@ class EngineSettings(_Section):
     max_clip_pixels: int | None = Field(
         default=None,
         ge=1,
-        description="width x height x num_frames that fit into the device's memory; larger requests get a 422.",
+        description="width x height x num_frames that fit into the device's memory; larger requests get a 422. "
+        "`null`: what `wan-serve plan` finds for the GPU.",
     )
     num_threads: int = Field(default=1, ge=1, description="CPU threads of one forward.")
     hang_timeout_s: float = Field(

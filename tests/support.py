@@ -27,6 +27,7 @@ from schemas.requests import GenerationParameters
 from serve_graph.jobs import JobService, Patiences, QueueLimits
 from serve_graph.jobs.platform import Platform
 from serve_graph.metrics import IngressMetrics, new_registry
+from serve_graph.service_plan import ServicePlan
 from serve_graph.webhooks.policy import WebhookPolicy
 from serve_graph.webhooks.sender import WebhookSender
 from storage.job_records import JobRecords
@@ -85,6 +86,8 @@ class ScriptedWorker:
         self.rendering: set[str] = set()
         self.rendered: list[str] = []
         self.ends_without_clip = False
+        self.device_s = 0.0, 0.0
+        """What a clip takes of the device to denoise and to decode."""
 
     async def check(self, parameters: GenerationParameters) -> None:
         await self._stage("check")
@@ -107,7 +110,15 @@ class ScriptedWorker:
             self._store.put(task.clip_key, CLIP_BYTES, if_none_match=True)
             self.rendered.append(task.job_id)
             digest = hashlib.sha256(CLIP_BYTES).hexdigest()
-            yield RenderedClip(key=task.clip_key, size_bytes=len(CLIP_BYTES), sha256=digest, timings=STAGES_S)
+            denoise_s, decode_s = self.device_s
+            yield RenderedClip(
+                key=task.clip_key,
+                size_bytes=len(CLIP_BYTES),
+                sha256=digest,
+                timings=STAGES_S,
+                denoise_device_s=denoise_s,
+                decode_device_s=decode_s,
+            )
         finally:
             self.rendering.discard(task.job_id)
 
@@ -224,6 +235,7 @@ def open_jobs(
     upkeep_s: float = 300.0,
     by_call: bool = False,
     platform: Platform | None = None,
+    plan: ServicePlan | None = None,
 ) -> Iterator[Jobs]:
     """A job service over the real store and records; only the worker is scripted."""
     clock = Clock()
@@ -247,6 +259,7 @@ def open_jobs(
             webhook_policy=WebhookPolicy(allow_http=True, allow_private_addresses=True),
             webhook_sender=None if webhooks is None else webhooks(metrics),
             platform=platform,
+            plan=plan,
         )
         yield Jobs(service, worker, store, records, presigner, registry, metrics, executor, clock)
 

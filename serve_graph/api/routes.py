@@ -5,10 +5,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Path, Request
+from fastapi import APIRouter, Body, Path, Query, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 
 from schemas.clips import Clip
+from schemas.estimates import Estimate
 from schemas.health import Health
 from schemas.jobs import Job
 from schemas.model_profile import ModelProfile
@@ -49,7 +50,7 @@ def routes(
 
     @router.post(
         "/generate",
-        response_model=Clip,
+        response_model=Clip | Estimate,
         responses={
             202: {
                 "model": Job,
@@ -64,11 +65,18 @@ def routes(
     async def generate(
         request: Request,
         body: Annotated[GenerateRequest, Body(openapi_examples=examples)],
-    ) -> Response | Clip:
+        dry_run: Annotated[
+            bool, Query(description="Make nothing: say what it would take, or why it would be refused.")
+        ] = False,
+    ) -> Response | Clip | Estimate:
         """Make one clip. Waits for it, unless `Prefer` asks for the job instead, or after some seconds."""
         context = context_of(request.scope)
         key, preference = idempotency_key(request), Preference.of(request.headers.getlist("prefer"))
         await service.health.require_ready()
+        if dry_run:
+            estimate = await service.jobs.estimate(body, context.request_id, context.principal)
+            context.parameters = estimate.parameters
+            return estimate
         record = await service.jobs.submit(body, context.request_id, context.principal, idempotency_key=key)
         context.job_id = record.job_id
         context.prompt_hash = record.prompt_hash

@@ -14,13 +14,14 @@ from serve_graph.api_keys import Principal
 from serve_graph.jobs.limits import QueueLimits
 from serve_graph.jobs.running import Running
 from serve_graph.prompts import clean_prompt, surely_fits
+from serve_graph.service_plan import ServicePlan
 from serve_graph.webhooks.policy import WebhookPolicy, check_webhook_url
 
 MAX_RETRY_AFTER_S = 600
 
 
 class Admission:
-    """default_url_ttl, clip_retention: a URL never outlives its clip."""
+    """default_url_ttl, clip_retention: a URL never outlives its clip. plan: what fits into the device's memory."""
 
     def __init__(
         self,
@@ -31,6 +32,7 @@ class Admission:
         *,
         default_url_ttl: timedelta,
         clip_retention: timedelta | None,
+        plan: ServicePlan,
     ) -> None:
         self._running = running
         self._profile = profile
@@ -38,6 +40,7 @@ class Admission:
         self._webhook_policy = webhook_policy
         self._default_url_ttl = default_url_ttl
         self._clip_retention = clip_retention
+        self._plan = plan
 
     def check(self, request: GenerateRequest) -> tuple[GenerationParameters, bool]:
         """Everything the output depends on, and whether no text can be too long. Raises InvalidRequest."""
@@ -53,7 +56,10 @@ class Admission:
 
     def _refuse_beyond_memory(self, parameters: GenerationParameters) -> None:
         fitting, frame = self._limits.max_clip_pixels, parameters.width * parameters.height
-        if fitting is None or frame * parameters.num_frames <= fitting:
+        if fitting is None:
+            self._plan.refuse_what_does_not_fit(parameters)
+            return
+        if frame * parameters.num_frames <= fitting:
             return
         legal = f"at most {fitting // frame} frames of {parameters.width}x{parameters.height} fit into this device"
         raise InvalidRequest([FieldError(field="num_frames", message=f"too many; {legal}", legal=legal)])

@@ -14,7 +14,7 @@ class QueueLimits:
     policy, max_stretch: see `serve_graph.scheduling`.
     max_batches: unfinished ones of one principal; beyond it, QuotaExceeded.
     by_call: jobs are under way only while calls of a platform are open, see `turns.py`.
-    max_clip_pixels: width x height x frames of one clip that fit into the device's memory; None: all that is legal.
+    max_clip_pixels: width x height x frames of one clip that fit into the device's memory; None: as the plan says.
     """
 
     max_waiting_jobs: int

@@ -9,8 +9,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from schemas.jobs import RenderedClip
+from schemas.requests import GenerateRequest, GenerationParameters, Priority
 from serve_graph.jobs.live import LiveJob
-from serve_graph.scheduling import Outlook, Policy, Shares, Turn, WorkModel, next_to_start, order, outlook, work_of
+from serve_graph.scheduling import (
+    Candidate,
+    Outlook,
+    Policy,
+    Shares,
+    Turn,
+    WorkModel,
+    next_to_start,
+    order,
+    outlook,
+    work_of,
+)
 
 SHORT_LINE = 256
 """A line that is no longer is ordered at every choice."""
@@ -30,6 +42,14 @@ class Scheduling:
     slots: int
     policy: Policy = "srpt"
     max_stretch: float = 1.35
+
+
+@dataclass(frozen=True)
+class _Prospect:
+    """A job that has not been submitted."""
+
+    turn: Turn
+    remaining_s: float
 
 
 class Line:
@@ -63,20 +83,34 @@ class Line:
 
     def join(self, live: LiveJob, deadline_left_s: float | None = None) -> None:
         """Put a job in line."""
-        request, now = live.record.request, time.monotonic()
-        live.own_s = self._model.seconds(work_of(live.record.parameters))
+        live.own_s = self.own_seconds(live.record.parameters)
         share = None if live.record.batch_id is None else live.record.principal
-        live.turn = Turn.at_submission(
-            now,
-            own_s=live.own_s,
-            ahead_s=self._waiting_s + sum(other.remaining_s for other in self._under_way.values()),
-            max_stretch=self._scheduling.max_stretch,
-            priority=request.priority,
-            deadline_s=deadline_left_s,
-            fair_start=None if share is None else self._shares.enter(share, live.own_s),
-        )
+        fair_start = None if share is None else self._shares.enter(share, live.own_s)
+        live.turn = self._turn(live.own_s, live.record.request.priority, deadline_left_s, fair_start)
         self._waiting[live.job_id] = self._came_since[live.job_id] = live
         self._waiting_s += live.own_s
+
+    def own_seconds(self, parameters: GenerationParameters) -> float:
+        """Of the device for one clip; a first guess only until `is_calibrated`."""
+        return self._model.seconds(work_of(parameters))
+
+    def prospect(self, request: GenerateRequest, parameters: GenerationParameters) -> Outlook:
+        """Where a single job would stand that joined now. Nothing changes."""
+        own_s = self.own_seconds(parameters)
+        joining = _Prospect(self._turn(own_s, request.priority, request.deadline_s, None), own_s)
+        jobs: list[Candidate] = [*self._under_way.values(), *self._waiting.values(), joining]
+        return outlook(jobs, self._scheduling.policy, time.monotonic())[-1]
+
+    def _turn(self, own_s: float, priority: Priority, deadline_s: float | None, fair_start: float | None) -> Turn:
+        return Turn.at_submission(
+            time.monotonic(),
+            own_s=own_s,
+            ahead_s=self._waiting_s + sum(other.remaining_s for other in self._under_way.values()),
+            max_stretch=self._scheduling.max_stretch,
+            priority=priority,
+            deadline_s=deadline_s,
+            fair_start=fair_start,
+        )
 
     def next(self) -> LiveJob | None:
         """Take the job out of line that begins now; None when none does."""

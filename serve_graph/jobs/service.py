@@ -33,6 +33,7 @@ from schemas.errors import (
     StoreUnavailable,
     WanError,
 )
+from schemas.estimates import Estimate
 from schemas.health import LastError, QueueHealth
 from schemas.jobs import (
     Job,
@@ -45,7 +46,7 @@ from schemas.jobs import (
     new_job_id,
 )
 from schemas.model_profile import ModelProfile
-from schemas.requests import GenerateRequest
+from schemas.requests import GenerateRequest, GenerationParameters
 from serve_graph.api_keys import NOBODY, Principal
 from serve_graph.jobs.admission import Admission
 from serve_graph.jobs.batch_intake import Sent
@@ -62,6 +63,8 @@ from serve_graph.jobs.worker import Worker
 from serve_graph.logs import log_event, log_failure
 from serve_graph.metrics import IngressMetrics
 from serve_graph.prompts import prompt_hash
+from serve_graph.service_plan import ServicePlan
+from serve_graph.settings import ModelSettings
 from serve_graph.thumbnails import ensure_thumbnail
 from serve_graph.webhooks.policy import WebhookPolicy, check_webhook_url
 from serve_graph.webhooks.sender import WebhookSender
@@ -79,6 +82,7 @@ class JobService:
     """Serves one ingress replica. All methods belong to one event loop.
 
     platform: runs the jobs, each in a process whose `work_on` it calls; this one records and reads them only.
+    plan: says which clips fit into the GPU's memory, and what they take there; by default nothing of any GPU.
     """
 
     def __init__(
@@ -98,7 +102,9 @@ class JobService:
         webhook_policy: WebhookPolicy | None = None,
         webhook_sender: WebhookSender | None = None,
         platform: Platform | None = None,
+        plan: ServicePlan | None = None,
     ) -> None:
+        self._plan = plan or ServicePlan(ModelSettings(profile=profile), lambda: None)
         self._profile = profile
         self._worker = worker
         self._records = records
@@ -145,6 +151,7 @@ class JobService:
             policy,
             default_url_ttl=default_url_ttl,
             clip_retention=clip_retention,
+            plan=self._plan,
         )
 
     def start(self) -> None:
@@ -190,10 +197,7 @@ class JobService:
             known = await self._known(job_id, request)
             if known is not None:
                 return known
-        parameters, fits = self._admission.check(request)
-        if self._running.caller is not None:
-            await self._running.caller.count()
-        self._admission.admit(principal)
+        parameters, fits = await self._admitted(request, principal)
         self._running.census.submitting[principal.name] += 1  # until `Running.create` has it in line
         try:
             if not fits:
@@ -233,6 +237,36 @@ class JobService:
             creating.add_done_callback(lambda _: self.abandon(record.job_id))
             raise
         return record
+
+    async def estimate(self, request: GenerateRequest, request_id: str, principal: Principal = NOBODY) -> Estimate:
+        """What a request would take, were it submitted now. Records nothing and holds no place.
+
+        Raises what `submit` raises without an idempotency key, but for the store's problems.
+        """
+        self._refuse_if_draining()
+        parameters, fits = await self._admitted(request, principal)
+        if not fits:
+            await self._worker.check(parameters)
+        line = self._running.line
+        place = line.prospect(request, parameters) if self._running.caller is None else None
+        return Estimate(
+            request_id=request_id,
+            model=self._profile.name,
+            parameters=parameters,
+            work=self._plan.work(parameters),
+            seconds=line.own_seconds(parameters) if line.is_calibrated else None,
+            position=None if place is None else place.position - 1,
+            seconds_until_done=place.seconds_left if place is not None and line.is_calibrated else None,
+            device=self._plan.device(parameters),
+        )
+
+    async def _admitted(self, request: GenerateRequest, principal: Principal) -> tuple[GenerationParameters, bool]:
+        """See `Admission.check`; as far as can be told now there is room for it. Raises QueueFull, QuotaExceeded."""
+        parameters, fits = self._admission.check(request)
+        if self._running.caller is not None:
+            await self._running.caller.count()
+        self._admission.admit(principal)
+        return parameters, fits
 
     async def submit_batch(
         self,

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from schemas.errors import ModelNotReady
 from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask
-from schemas.health import GeneratorHealth
+from schemas.health import GeneratorHealth, GpuHealth
 from schemas.requests import GenerationParameters
 from serve_graph.assembly import Assembly
 from serve_graph.instances import InstanceReport, Instances, Reporter
@@ -27,9 +27,12 @@ DEPLOYMENT = "Front"
 
 
 class Front:
-    """One process of it. `app` serves requests; `sweep` looks after what nobody works on."""
+    """One process of it. `app` serves requests; `sweep` looks after what nobody works on.
 
-    def __init__(self, settings: Settings, platform: Platform) -> None:
+    gpu: what containers will have, for as long as none is up.
+    """
+
+    def __init__(self, settings: Settings, platform: Platform, gpu: GpuHealth | None = None) -> None:
         if accepted_keys(settings) is None and settings.auth != "none":
             raise ConfigError("there are no API keys: make one with `wan-serve key new`, or set WAN_AUTH=none")
         settings = prepared(settings)
@@ -40,6 +43,7 @@ class Front:
             exposition=self._exposition,
             registry=self._registry,
             platform=platform,
+            gpu=gpu,
         )
         self._instances = Instances(self._assembly.store)
         self._reporter = Reporter(

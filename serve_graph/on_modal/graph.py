@@ -62,8 +62,6 @@ class Graph:
         began = time.monotonic()
         args = service_args(self._options)
         args.setdefault("queue", {})["by_call"] = True
-        if self._options.snapshot == "cpu":
-            args["model"] |= {"load_on_cpu": True, "text_device": "cpu", "text_dtype": "bfloat16"}  # CUDA stays unasked
         weights = fetched_weights(self._options)
         if weights is not None:
             check_whole(weights)

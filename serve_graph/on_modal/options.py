@@ -13,6 +13,8 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from schemas.model_profile import ModelProfile
+from serve_graph.plan import GPUS
+from serve_graph.plan import Gpu as Card
 from serve_graph.settings import (
     CLIENT_NAMES,
     ENV_PREFIX,
@@ -101,6 +103,11 @@ class ModalOptions(BaseSettings):
         return wanted
 
     @property
+    def card(self) -> Card:
+        """The GPU as `serve_graph.plan` knows it. Modal's `A100` has 40 GB at least."""
+        return GPUS["A100-40GB" if self.gpu == "A100" else self.gpu]
+
+    @property
     def max_turns(self) -> int:
         return MAX_INPUTS * self.max_containers
 
@@ -164,6 +171,8 @@ def _file_args() -> dict[str, Any]:
 def service_args(options: ModalOptions) -> dict[str, Any]:
     """The application's `args` of configs/modal.yaml, with the weights' place. Raises ConfigError."""
     args, profile = _file_args(), profile_of(options)
+    if options.snapshot == "cpu":  # CUDA stays unasked
+        args["model"] |= {"load_on_cpu": True, "text_device": "cpu", "text_dtype": "bfloat16"}
     if profile.hub_id is not None:
         args["model"].setdefault("path", f"{options.weights_dir}/{profile.name}")
     kind = os.environ.get("WAN_STORAGE__KIND", args.get("storage", {}).get("kind"))
@@ -175,11 +184,11 @@ def service_args(options: ModalOptions) -> dict[str, Any]:
     return args
 
 
-def check_settings(options: ModalOptions) -> None:
-    """Check the deployer's settings, but for the bucket's, which only containers know. Raises ConfigError."""
+def check_settings(options: ModalOptions) -> Settings:
+    """The deployer's settings, with a bucket of no meaning, as only containers know theirs. Raises ConfigError."""
     args = service_args(options)
     args["storage"]["s3"] = {"endpoint": "https://bucket.invalid", "bucket": "bucket"} | args["storage"].get("s3", {})
-    read_settings(args)
+    return read_settings(args)
 
 
 def front_settings(options: ModalOptions) -> Settings:

@@ -1,4 +1,4 @@
-"""What `make deploy` looks at before `modal deploy`: the options, the Secrets and the weights. One line per mistake."""
+"""What `make deploy` looks at before `modal deploy`: options, memory, Secrets and weights. One line per mistake."""
 
 import sys
 
@@ -9,13 +9,14 @@ from modal.exception import NotFoundError
 from schemas.errors import ModelNotReady
 from serve_graph.on_modal.options import check_settings, fetched_weights, profile_of, read_options
 from serve_graph.on_modal.weights import INVENTORY, read_inventory
+from serve_graph.service_plan import check_start
 from serve_graph.settings import ConfigError
 
 
 def check() -> None:
     """Raises ConfigError, ModelNotReady."""
     options = read_options()
-    check_settings(options)
+    check_start(check_settings(options), f"WAN_GPU={options.gpu}", options.card.memory_bytes)
     for name, keys in options.secrets.items():
         try:
             modal.Secret.from_name(name, required_keys=keys).hydrate()

@@ -178,6 +178,21 @@ def test_weights_come_from_the_hub_into_the_volume_once(tmp_path: Path) -> None:
 class TestPreflight:
     """What `make deploy` looks at first."""
 
+    def test_a_model_that_does_not_fit_on_the_gpu_is_one_line(self, loopback: Loopback) -> None:
+        done = run_preflight(loopback, WAN_GPU="L4", WAN_MODEL__PROFILE="wan2.1-t2v-14b")
+
+        assert done.exit_code == 1
+        assert done.output.strip() == (
+            "error: wan2.1-t2v-14b does not fit on WAN_GPU=L4: it needs 35.7 GiB for its smallest clip, "
+            "and there are 22.0; it would with an A100-40GB"
+        )
+
+    def test_a_text_encoder_that_does_not_fit_beside_the_model_is_one_line(self, loopback: Loopback) -> None:
+        done = run_preflight(loopback, WAN_MODEL__TEXT_DEVICE="cuda")
+
+        assert (done.exit_code, done.output.count("\n")) == (1, 1)
+        assert "it would with the text encoder on the CPU (model.text_device: cpu), or an A100-40GB" in done.output
+
     def test_missing_weights_are_one_line(self, loopback: Loopback) -> None:
         done = run_preflight(loopback)
 

@@ -16,6 +16,7 @@ from support import PUBLIC_URL, Jobs, LogLines, open_jobs
 
 from schemas.errors import WanError
 from schemas.health import GeneratorHealth, ModelHealth
+from schemas.model_profile import ModelProfile
 from serve_graph.api.app import create_api
 from serve_graph.api.auth import Authenticator
 from serve_graph.api.clip_files import SignedClips
@@ -23,7 +24,8 @@ from serve_graph.api.routes import Service
 from serve_graph.encode import Mp4Writer
 from serve_graph.health import HealthMonitor
 from serve_graph.metrics import merge, snapshot
-from serve_graph.settings import EncodeSettings, Settings
+from serve_graph.service_plan import ServicePlan
+from serve_graph.settings import EncodeSettings, ModelSettings, Settings
 from serve_graph.stores import LocalFiles
 
 MAX_BODY_BYTES = 64 * 1024
@@ -67,10 +69,19 @@ async def open_api(
     authenticator: Authenticator | None = None,
     cors_origins: Sequence[str] = (),
     clip_retention: timedelta | None = None,
+    profile: ModelProfile = RANDOM_WAN,
 ) -> AsyncIterator[Api]:
     """A service for 3 waiting jobs, one of them dispatched at a time."""
-    with open_jobs(folder, max_waiting_jobs=3, max_dispatched_jobs=1, clip_retention=clip_retention) as jobs:
-        probe = ScriptedProbe()
+    probe = ScriptedProbe()
+    plan = ServicePlan(ModelSettings(profile=profile), lambda: probe.health_now.gpu)
+    with open_jobs(
+        folder,
+        profile=profile,
+        max_waiting_jobs=3,
+        max_dispatched_jobs=1,
+        clip_retention=clip_retention,
+        plan=plan,
+    ) as jobs:
         monitor = HealthMonitor(Settings(), probe, jobs.store, jobs.service, jobs.executor)
 
         async def exposition() -> bytes:
@@ -78,7 +89,7 @@ async def open_api(
 
         app = create_api(
             Service(jobs.service, monitor, exposition),
-            profile=RANDOM_WAN,
+            profile=profile,
             metrics=jobs.metrics,
             max_body_bytes=MAX_BODY_BYTES,
             authenticator=authenticator,

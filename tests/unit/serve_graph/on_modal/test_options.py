@@ -56,6 +56,20 @@ def test_snapshots(monkeypatch: pytest.MonkeyPatch, snapshot: str, taken: bool, 
     assert (options.memory_snapshot, options.experimental) == (taken, experimental)
 
 
+@pytest.mark.parametrize("gpu", ["L4", "A100", "A100-80GB", "H100"])
+def test_every_gpu_is_one_that_the_plan_knows(monkeypatch: pytest.MonkeyPatch, gpu: str) -> None:
+    monkeypatch.setenv("WAN_GPU", gpu)
+
+    assert read_options().card.name == {"A100": "A100-40GB"}.get(gpu, gpu)
+
+
+def test_a_snapshot_without_a_gpu_loads_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "load_on_cpu" not in service_args(read_options())["model"]
+    monkeypatch.setenv("WAN_SNAPSHOT", "cpu")
+
+    assert service_args(read_options())["model"].items() >= {"load_on_cpu": True, "text_device": "cpu"}.items()
+
+
 def test_secrets_are_those_that_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(read_options().secrets) == ["wan-s3", "wan-signing", "wan-api-keys"]
     monkeypatch.setenv("WAN_AUTH", "none")
