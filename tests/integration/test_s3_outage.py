@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import pytest
 from polling import until
 from pydantic import SecretStr
 from s3_servers.ministack import BUCKETS, Ministack
@@ -47,6 +48,7 @@ def watched_readiness(service: RunningService) -> Iterator[list[tuple[float, int
         watcher.join()
 
 
+@pytest.mark.timeout(400)
 def test_every_request_ends_well_when_the_bucket_is_away_for_a_while(
     tmp_path: Path, tell: Callable[[str, str], None]
 ) -> None:
