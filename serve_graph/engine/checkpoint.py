@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderMode
 from schemas.errors import ModelNotReady
 from serve_graph.engine.channel_norm import quicken_norms
 from serve_graph.engine.malloc import keep_freed_memory
+from serve_graph.engine.quick_conv import quicken_convolutions
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -46,6 +47,7 @@ def load_generator_parts(
     vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=DTYPES[vae_dtype], **_mapping(device))
     if (runs_on or device).type == "cpu":
         quicken_norms(vae)
+        quicken_convolutions(vae)
         keep_freed_memory()
     return GeneratorParts(
         transformer=transformer.to(device).eval().requires_grad_(False),
