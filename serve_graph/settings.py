@@ -185,6 +185,14 @@ class EngineSettings(_Section):
         description="width x height x num_frames that fit into the device's memory; larger requests get a 422.",
     )
     num_threads: int = Field(default=1, ge=1, description="CPU threads of one forward.")
+    compile: Literal["off", "regional"] = Field(
+        default="off", description="`regional`: the transformer's block is compiled, at the first forward of a shape."
+    )
+    attention_backend: str | None = Field(
+        default=None, description="One of diffusers' attention backends, for the process; `null`: torch's own."
+    )
+    fuse_qkv: bool = Field(default=False, description="A block's query, key and value projections as one.")
+    vae_channels_last: bool = Field(default=False, description="The VAE's weights with the channels last in memory.")
     hang_timeout_s: float = Field(
         default=600.0,
         gt=0,

@@ -23,6 +23,7 @@ from ray.exceptions import RayTaskError
 from schemas.clips import Timings
 from schemas.errors import FieldError, InvalidRequest, PromptTooLong, RecordedFailure, RenderFailed, StoreFull
 from schemas.jobs import JobState
+from schemas.presets import NO_LEVERS
 from schemas.requests import GenerateRequest, GenerationParameters
 from serve_graph.logs import (
     FOREIGN_LOGGERS,
@@ -142,6 +143,8 @@ def test_log_request_writes_every_field_of_a_request(lines: Lines) -> None:
             "guidance_scale": 2.0,
             "flow_shift": 3.0,
             "reproducible": False,
+            "preset": "exact",
+            "levers": NO_LEVERS.model_dump(),
         },
     }
 
