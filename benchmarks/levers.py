@@ -120,6 +120,14 @@ class _Likeness:
     efforts: list[Effort] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Times:
+    """Seconds of each variant's clips: by the clock, and of all of this process's threads."""
+
+    wall: dict[str, list[float]]
+    cpu: dict[str, list[float]]
+
+
 class _Race:
     def __init__(self, settings: Settings, scratch: Path, with_compile: bool) -> None:
         self._settings = settings
@@ -134,17 +142,20 @@ class _Race:
                 engines[way.tuning] = BareEngine(settings.model_copy(update=own), *given)
             self.contestants[name] = _Contestant(settings, engines[way.tuning], way.preset)
 
-    def times(self, clips: int, advance: Callable[[], None]) -> dict[str, list[float]]:
+    def times(self, clips: int, advance: Callable[[], None]) -> "_Times":
         """Seconds per clip, in turns; each clip has a prompt of its own. The first round is the warm-up."""
         numbers = count()
-        found: dict[str, list[float]] = {name: [] for name in ("stock", *self.contestants)}
+        names = ("stock", *self.contestants)
+        found = _Times({name: [] for name in names}, {name: [] for name in names})
         for turn in range(clips + 1):
-            for name in _turned(list(found), turn):
+            for name in _turned(list(found.wall), turn):
                 number = next(numbers)
                 one = self._stock.clip if name == "stock" else self.contestants[name].seconds
+                began = time.process_time()
                 seconds = one(number)
                 if turn:
-                    found[name].append(seconds)
+                    found.wall[name].append(seconds)
+                    found.cpu[name].append(time.process_time() - began)
                 advance()
         return found
 
@@ -215,21 +226,23 @@ def run(options: argparse.Namespace, scratch: Path, console: Console) -> LeversR
         encode=settings.encode,
         prompts=options.prompts,
         presets=settings.profile.presets,
-        variants=tuple(_variant(name, times[name], times["stock"], seen[name]) for name in times),
+        variants=tuple(_variant(name, times, seen[name]) for name in times.wall),
         comparisons=tuple(
-            at_most(f"{name} / stock", times[name], times["stock"], share=share) for name, share in GOALS.items()
+            at_most(f"{name} / stock", times.wall[name], times.wall["stock"], share=share)
+            for name, share in GOALS.items()
         ),
         block=block,
     )
 
 
-def _variant(name: str, times: Sequence[float], stock: Sequence[float], seen: _Likeness) -> Variant:
+def _variant(name: str, times: _Times, seen: _Likeness) -> Variant:
     known = [value for value in seen.psnrs if value is not None]
     rates = report(seen.answers, model=name, permuted=False, seed=0, seconds=0.0).total
     return Variant(
         name=name,
-        seconds=spread(times),
-        ratio_to_stock=ratios(times, stock),
+        seconds=spread(times.wall[name]),
+        ratio_to_stock=ratios(times.wall[name], times.wall["stock"]),
+        cpu_ratio_to_stock=ratios(times.cpu[name], times.cpu["stock"]),
         effort=seen.efforts[0] if seen.efforts else None,
         cached_share=_cached(seen.efforts),
         latents_error=fmean(seen.errors) if seen.errors else None,
