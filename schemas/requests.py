@@ -61,6 +61,7 @@ class GenerateRequest(BaseModel):
                 {"prompt": "a red circle moving left"},
                 {"prompt": "a red circle moving left", "duration": 1, "seed": 7, "url_ttl_s": 600},
                 {"prompt": "a red circle moving left", "priority": "high", "deadline_s": 60},
+                {"prompt": "a red circle moving left", "preset": "exact"},
             ]
         },
     )

@@ -59,28 +59,24 @@ def predict(
     temb, projection, texts = _conditions(transformer, latents, timesteps, rows)
     first_block, *others = transformer.blocks
     before, hidden = hidden, first_block(hidden, texts[0], projection, rotary)
-    cached, memories = [False] * len(rows), [row.memory for row in rows]
-    first = hidden - before if threshold is not None else hidden
+    cached: list[bool] = [False] * len(rows)
+    memories = [row.memory for row in rows]
     if threshold is not None:
-        cached = _little_changed(first, memories, threshold)
+        cached = _little_changed(hidden - before, memories, threshold)
+    after = hidden.clone() if any(cached) else hidden
+    for i, memory in enumerate(memories):
+        if cached[i] and memory is not None:
+            after[i : i + 1] += memory.rest
     if not any(cached):
         after = _run(others, hidden, texts[1:], projection, rotary)
-    else:
-        after = hidden.clone()
-        for i, memory in enumerate(memories):
-            if cached[i] and memory is not None:
-                after[i : i + 1] += memory.rest
-        whole = [i for i, is_cached in enumerate(cached) if not is_cached]
-        if whole:
-            index = torch.tensor(whole, device=hidden.device)
-            chosen = [_chosen(text, index) for text in texts[1:]]
-            after[index] = _run(others, hidden[index], chosen, projection[index], rotary)
+    elif not all(cached):
+        index = torch.tensor([i for i, is_cached in enumerate(cached) if not is_cached], device=hidden.device)
+        chosen = [_chosen(text, index) for text in texts[1:]]
+        after[index] = _run(others, hidden[index], chosen, projection[index], rotary)
     if threshold is not None:
-        rest = after - hidden
-        memories = [
-            memory if cached[i] else Memory(first[i : i + 1].clone(), rest[i : i + 1].clone())
-            for i, memory in enumerate(memories)
-        ]
+        for i in [i for i, is_cached in enumerate(cached) if not is_cached]:
+            own = slice(i, i + 1)
+            memories[i] = Memory(hidden[own] - before[own], after[own] - hidden[own])
     noise = _head(transformer, after, temb, latents.shape)
     return [Predicted(noise[i : i + 1], memories[i], cached[i]) for i in range(len(rows))]
 

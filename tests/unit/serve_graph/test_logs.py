@@ -23,7 +23,6 @@ from ray.exceptions import RayTaskError
 from schemas.clips import Timings
 from schemas.errors import FieldError, InvalidRequest, PromptTooLong, RecordedFailure, RenderFailed, StoreFull
 from schemas.jobs import JobState
-from schemas.presets import NO_LEVERS
 from schemas.requests import GenerateRequest, GenerationParameters
 from serve_graph.logs import (
     FOREIGN_LOGGERS,
@@ -144,7 +143,6 @@ def test_log_request_writes_every_field_of_a_request(lines: Lines) -> None:
             "flow_shift": 3.0,
             "reproducible": False,
             "preset": "exact",
-            "levers": NO_LEVERS.model_dump(),
         },
     }
 
