@@ -59,6 +59,7 @@ class Generator:
             fuse_qkv=settings.engine.fuse_qkv,
             vae_channels_last=settings.engine.vae_channels_last,
             attention_backend=settings.engine.attention_backend,
+            int8_weights=settings.engine.int8_weights,
             compile_mode=settings.engine.compile,
         )
         self._device = device

@@ -193,6 +193,9 @@ class EngineSettings(_Section):
     )
     fuse_qkv: bool = Field(default=False, description="A block's query, key and value projections as one.")
     vae_channels_last: bool = Field(default=False, description="The VAE's weights with the channels last in memory.")
+    int8_weights: bool = Field(
+        default=False, description="The transformer's weights in int8: fewer bytes, and other clips; needs `[int8]`."
+    )
     hang_timeout_s: float = Field(
         default=600.0,
         gt=0,

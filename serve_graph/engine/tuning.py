@@ -1,4 +1,7 @@
-"""What a process does once to its model, before the first job: other ways of computing the same, but for rounding."""
+"""What a process does once to its model, before the first job: other ways of computing the same.
+
+All but `int8_weights` change results by rounding only.
+"""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -19,10 +22,11 @@ def tune(
     fuse_qkv: bool = False,
     vae_channels_last: bool = False,
     attention_backend: str | None = None,
+    int8_weights: bool = False,
     compile_mode: Compile = "off",
     compile_backend: str | Callable[..., Any] = "inductor",
 ) -> None:
-    """Apply what the configuration asks for. Raises ModelNotReady for an attention backend that is not there.
+    """Apply what the configuration asks for. Raises ModelNotReady for what can't be had here.
 
     Compiling comes last, since it takes the modules as they are; the first forward of a shape then takes a while.
     """
@@ -34,6 +38,8 @@ def tune(
     if vae_channels_last:
         for vae in {id(vae): vae for vae in (parts.vae, parts.quick_vae) if vae is not None}.values():
             convolutions_channels_last(vae)
+    if int8_weights:
+        quantize_weights(parts.transformer)
     if compile_mode == "regional":
         parts.transformer.compile_repeated_blocks(fullgraph=True, backend=compile_backend)
 
@@ -62,3 +68,15 @@ def choose_attention(transformer: WanTransformer3DModel, backend: str) -> None:
         transformer.set_attention_backend(backend)
     except (ValueError, ImportError, RuntimeError) as error:
         raise ModelNotReady(f"engine.attention_backend {backend} can't be had here: {error}") from error
+
+
+def quantize_weights(transformer: WanTransformer3DModel) -> None:
+    """The blocks' weights in int8, a scale per row; products stay in the transformer's dtype.
+
+    Measured on the tiny Wan: 0.36 of the bytes in float32 and 0.59 in bfloat16. On a CPU it is slower.
+    """
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise ModelNotReady("engine.int8_weights needs torchao: pip install 'wan-serve[int8]'") from error
+    quantize_(transformer.blocks, Int8WeightOnlyConfig())

@@ -1,5 +1,6 @@
 """What a process does once to its model: the same results but for rounding, and the bytes and calls that it claims."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,3 +119,33 @@ def test_regional_compilation_traces_a_block_whole_and_gives_the_same_latents(
     latents = run_steps(own_parts, levers)
     assert compiled == num_graphs  # for all blocks and steps
     assert distance(latents, run_steps(generator_parts, levers)) <= BOUND
+
+
+def test_int8_weights_say_what_to_install_where_torchao_is_missing(
+    own_parts: GeneratorParts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+
+    with pytest.raises(ModelNotReady, match=r"pip install 'wan-serve\[int8\]'"):
+        tune(own_parts, int8_weights=True)
+
+
+def test_int8_weights_hold_a_quarter_of_the_blocks_bytes_and_give_nearly_the_same_latents(
+    generator_parts: GeneratorParts, own_parts: GeneratorParts, run_steps: RunSteps
+) -> None:
+    pytest.importorskip("torchao", reason="an optional extra, which need not be installed")
+    before = held_bytes(own_parts.transformer.blocks[0].ffn)
+    tune(own_parts, int8_weights=True)
+
+    assert held_bytes(own_parts.transformer.blocks[0].ffn) < 0.45 * before  # scales and biases stay float32
+    assert BOUND < distance(run_steps(own_parts, NO_LEVERS), run_steps(generator_parts, NO_LEVERS)) < 0.2
+
+
+def held_bytes(module: torch.nn.Module) -> int:
+    """Those of a quantised weight's parts, too."""
+    return sum(
+        sum(getattr(weight, name).nbytes for name in weight.__tensor_flatten__()[0])
+        if hasattr(weight, "__tensor_flatten__")
+        else weight.nbytes
+        for weight in module.parameters()
+    )
