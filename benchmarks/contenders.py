@@ -6,9 +6,10 @@ Neither knows what it is measured against.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import dataclass
 from pathlib import Path
 
 import av
@@ -22,11 +23,12 @@ from diffusers.utils import logging as diffusers_logging
 from benchmarks.workload import Block, closed_loop, request
 from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask, TextItem
 from schemas.jobs import RenderedClip, clip_id_of, new_job_id
+from schemas.presets import Effort
 from schemas.requests import GenerationParameters
 from serve_graph.encode import X264_PARAMS
-from serve_graph.engine.checkpoint import load_generator_parts, load_text_parts
+from serve_graph.engine.checkpoint import GeneratorParts, load_generator_parts, load_text_parts
 from serve_graph.engine.checkpoint_folder import locate_checkpoint
-from serve_graph.engine.job import EngineEvent, EngineJob, Failed, Finished
+from serve_graph.engine.job import Denoised, EngineEvent, EngineJob, Failed, Finished
 from serve_graph.engine.loop import Engine, EngineLimits
 from serve_graph.metrics import GeneratorMetrics, PreprocessorMetrics, new_registry
 from serve_graph.render import Renderer
@@ -59,15 +61,17 @@ class Stock:
 
     def frames(self, number: int) -> Frames:
         """One clip's frames, for comparison. (T, H, W, 3) uint8 RGB."""
-        images = self._images(self._settings.profile.resolve(request(number)))
-        return (images * 255).round().astype(np.uint8)
+        return self.frames_of(self._settings.profile.resolve(request(number)))
+
+    def frames_of(self, parameters: GenerationParameters) -> Frames:
+        """The same of any request."""
+        return (self._images(parameters) * 255).round().astype(np.uint8)
 
     def clip(self, number: int) -> float:
         """Make one clip. Returns the seconds from its prompt to its MP4."""
         parameters = self._settings.profile.resolve(request(number))
         began = time.perf_counter()
-        images = self._images(parameters)
-        self._write((images * 255).round().astype(np.uint8), parameters, self._folder / f"{number}.mp4")
+        self._write(self.frames_of(parameters), parameters, self._folder / f"{number}.mp4")
         return time.perf_counter() - began
 
     def _images(self, parameters: GenerationParameters) -> npt.NDArray[np.float32]:
@@ -105,15 +109,16 @@ class Stock:
 class BareEngine:
     """The text encoder, the engine and the renderer as their deployments put them together, without Ray and HTTP.
 
-    A clip ends in the store, as the service's do.
+    A clip ends in the store, as the service's do. tuning: done to the model before its first clip.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, tuning: Callable[[GeneratorParts], None] = lambda parts: None) -> None:
         torch.set_num_threads(settings.engine.num_threads)
         self._settings = settings
         self._profile = settings.profile
         folder = locate_checkpoint(self._profile, None, None).folder
-        parts = load_generator_parts(folder, _CPU, "float32", "float32")
+        parts = load_generator_parts(folder, _CPU, "float32", "float32", presets=self._profile.presets.values())
+        tuning(parts)
         self._text_encoder = TextEncoder(
             load_text_parts(folder, _CPU, "float32"),
             self._profile.max_sequence_length,
@@ -141,16 +146,23 @@ class BareEngine:
 
     def frames(self, number: int) -> Frames:
         """One clip's frames, for comparison. (T, H, W, 3) uint8 RGB."""
-        parameters = self._profile.resolve(request(number))
+        return self.outcome_of(self._profile.resolve(request(number))).frames
+
+    def outcome_of(self, parameters: GenerationParameters) -> "Outcome":
+        """What any request gives, for comparison; nothing is stored."""
         prompt = self._loop.run(self._prepare(parameters))
-        collector = _FrameCollector()
+        collector = _Collector()
         self._engine.submit(EngineJob(new_job_id(), parameters, prompt, collector, collector.notify))
-        return collector.frames.result()
+        return collector.outcome.result()
 
     def clip(self, number: int) -> tuple[float, RenderedClip]:
         """Make one clip. Returns the seconds from its prompt to its object in the store, and what it is."""
+        return self.clip_of(self._profile.resolve(request(number)))
+
+    def clip_of(self, parameters: GenerationParameters) -> tuple[float, RenderedClip]:
+        """The same of any request."""
         began = time.perf_counter()
-        rendered = self._loop.run(self._render(number))
+        rendered = self._loop.run(self._render_of(parameters))
         return time.perf_counter() - began, rendered
 
     def block(self, first: int, num_timed: int) -> Block:
@@ -164,8 +176,10 @@ class BareEngine:
         return PreparedPrompt(positive, negative)
 
     async def _render(self, number: int) -> RenderedClip:
+        return await self._render_of(self._profile.resolve(request(number)))
+
+    async def _render_of(self, parameters: GenerationParameters) -> RenderedClip:
         job_id = new_job_id()
-        parameters = self._profile.resolve(request(number))
         task = RenderTask(job_id, job_id, clip_key(clip_id_of(job_id), "bench"), parameters)
         events: AsyncGenerator[RenderEvent, None] = self._renderer.render(task, await self._prepare(parameters))
         async with aclosing(events):
@@ -175,18 +189,30 @@ class BareEngine:
         raise RuntimeError("the renderer ended without a clip")
 
 
-class _FrameCollector:
-    """Keeps the frames of one engine job."""
+@dataclass(frozen=True)
+class Outcome:
+    """latents: (1, C, T, H, W) float32. frames: (T, H, W, 3) uint8 RGB."""
+
+    latents: torch.Tensor
+    frames: Frames
+    effort: Effort
+
+
+class _Collector:
+    """Keeps what one engine job gives."""
 
     def __init__(self) -> None:
-        self.frames: Future[Frames] = Future()
+        self.outcome: Future[Outcome] = Future()
         self._chunks: list[Frames] = []
+        self._latents: torch.Tensor | None = None
 
     def write(self, frames: Frames) -> None:
         self._chunks.append(frames)
 
     def notify(self, event: EngineEvent) -> None:
-        if isinstance(event, Failed):
-            self.frames.set_exception(event.error)
-        elif isinstance(event, Finished):
-            self.frames.set_result(np.concatenate(self._chunks))
+        if isinstance(event, Denoised):
+            self._latents = event.latents
+        elif isinstance(event, Failed):
+            self.outcome.set_exception(event.error)
+        elif isinstance(event, Finished) and self._latents is not None:
+            self.outcome.set_result(Outcome(self._latents, np.concatenate(self._chunks), event.effort))

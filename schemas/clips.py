@@ -4,6 +4,8 @@ from datetime import datetime
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from schemas.presets import Effort, PresetName
+
 
 class Timings(BaseModel):
     """Seconds that each stage took. Encoding runs beside decoding, so the parts may add up to more than `total`."""
@@ -42,6 +44,8 @@ class Clip(BaseModel):
     guidance_scale: float
     flow_shift: float
     reproducible: bool
+    preset: PresetName = "exact"
+    effort: Effort | None = Field(default=None, description="What it took; null for clips from before it was kept.")
     size_bytes: int
     sha256: str = Field(description="Hex SHA-256 of the MP4 bytes.")
     timings: Timings

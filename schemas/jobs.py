@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from schemas.clips import Clip, Timings
 from schemas.errors import Problem
+from schemas.presets import Effort
 from schemas.requests import GenerateRequest, GenerationParameters
 from schemas.webhooks import WebhookDelivery, WebhookState
 
@@ -75,7 +76,8 @@ class RenderedClip(BaseModel):
     """What the generator hands back: where the bytes are and what they are. The bytes never cross a handle.
 
     denoise_device_s, decode_device_s: seconds that the device worked on this job, its part of shared forwards; the
-    timings of the two stages also hold the turns of other jobs. 0 in records of before they were kept.
+    timings of the two stages also hold the turns of other jobs. 0, and no `effort`, in records of before they
+    were kept.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -86,6 +88,7 @@ class RenderedClip(BaseModel):
     timings: Timings
     denoise_device_s: float = 0.0
     decode_device_s: float = 0.0
+    effort: Effort | None = None
 
 
 class Progress(BaseModel):

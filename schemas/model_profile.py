@@ -8,9 +8,10 @@ import secrets
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from schemas.errors import FieldError, InvalidRequest
+from schemas.presets import EXACT, Preset, PresetName
 from schemas.requests import MAX_SEED, GenerateRequest, GenerationParameters
 
 T = TypeVar("T")
@@ -68,6 +69,17 @@ class ModelProfile(BaseModel):
     min_flow_shift: float
     max_flow_shift: float
     defaults: Defaults
+    presets: dict[PresetName, Preset] = Field(
+        default={"exact": EXACT},
+        description="What a request's `preset` may name, and what it means; `exact` is always there and has no levers.",
+    )
+
+    @field_validator("presets")
+    @classmethod
+    def _exact_is_exact(cls, presets: dict[PresetName, Preset]) -> dict[PresetName, Preset]:
+        if presets.get("exact", EXACT) != EXACT:
+            raise ValueError("exact does without nothing: give your levers to balanced or fast")
+        return {"exact": EXACT, **presets}
 
     def resolve(
         self,
@@ -76,15 +88,16 @@ class ModelProfile(BaseModel):
     ) -> GenerationParameters:
         """Fill in the defaults and check every value. Raises InvalidRequest with one FieldError per bad field."""
         errors: list[FieldError] = []
+        preset = self._preset(request, errors)
         size = self._size(request, errors)
         fps = request.fps if request.fps is not None else self.defaults.fps
         fps_is_legal = fps in self.fps
         if not fps_is_legal:
             errors.append(self._refusal("fps", f"{fps} is not offered", nearest_values(fps, self.fps)))
         num_frames = self._num_frames(request, fps if fps_is_legal else None, errors)
-        steps = _or(request.num_inference_steps, self.defaults.num_inference_steps)
+        steps = _or(request.num_inference_steps, _or(preset.num_inference_steps, self.defaults.num_inference_steps))
         self._check_range("num_inference_steps", steps, 1, self.max_num_inference_steps, errors)
-        guidance_scale = _or(request.guidance_scale, self.defaults.guidance_scale)
+        guidance_scale = _or(request.guidance_scale, _or(preset.guidance_scale, self.defaults.guidance_scale))
         self._check_range("guidance_scale", guidance_scale, self.min_guidance_scale, self.max_guidance_scale, errors)
         flow_shift = _or(request.flow_shift, self.defaults.flow_shift)
         self._check_range("flow_shift", flow_shift, self.min_flow_shift, self.max_flow_shift, errors)
@@ -101,7 +114,9 @@ class ModelProfile(BaseModel):
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             flow_shift=flow_shift,
-            reproducible=request.reproducible,
+            reproducible=request.reproducible or request.preset == "exact",
+            preset=request.preset or "exact",
+            levers=preset.levers,
         )
 
     def legal(self, field: str) -> str | None:
@@ -122,6 +137,7 @@ class ModelProfile(BaseModel):
             "guidance_scale": f"{self.min_guidance_scale:g} to {self.max_guidance_scale:g}",
             "flow_shift": f"{self.min_flow_shift:g} to {self.max_flow_shift:g}",
             "seed": f"0 to {MAX_SEED}",
+            "preset": "one of " + ", ".join(self.presets),
         }
         return words.get(field)
 
@@ -134,6 +150,12 @@ class ModelProfile(BaseModel):
         if not low <= value <= high:
             bound = low if value < low else high
             errors.append(self._refusal(field, f"{value:g} is out of range", (bound,)))
+
+    def _preset(self, request: GenerateRequest, errors: list[FieldError]) -> Preset:
+        """The one that is named; a request that names none gets what `exact` does."""
+        if request.preset is not None and request.preset not in self.presets:
+            errors.append(self._refusal("preset", f"{self.name} has no {request.preset!r}", tuple(self.presets)))
+        return self.presets.get(request.preset or "exact", EXACT)
 
     def _size(self, request: GenerateRequest, errors: list[FieldError]) -> Resolution | None:
         if request.width is not None and request.height is not None:

@@ -5,6 +5,7 @@ Sources: the Wan 2.1 release (`SUPPORTED_SIZES`, `sample_neg_prompt`, 50 steps, 
 """
 
 from schemas.model_profile import Defaults, ModelProfile, Resolution
+from schemas.presets import EXACT, Levers, Preset, PresetName
 
 WAN_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
@@ -23,6 +24,34 @@ _720P = (
     Resolution(name="720p", aspect_ratio="16:9", width=1280, height=720),
     Resolution(name="720p", aspect_ratio="9:16", width=720, height=1280),
 )
+
+_LARGE_PRESETS: dict[PresetName, Preset] = {
+    "exact": EXACT,
+    "balanced": Preset(
+        num_inference_steps=30,
+        levers=Levers(guidance_interval=(0.0, 0.8), one_key_padding=True, first_block_threshold=0.05),
+    ),
+    "fast": Preset(
+        num_inference_steps=20,
+        levers=Levers(
+            guidance_interval=(0.0, 0.6), one_key_padding=True, first_block_threshold=0.1, bfloat16_decode=True
+        ),
+    ),
+}
+"""Counted and not seen: what they do to these models' clips was not measured, as no weights of theirs were at hand."""
+
+_TINY_PRESETS: dict[PresetName, Preset] = {
+    "exact": EXACT,
+    "balanced": Preset(
+        num_inference_steps=8,
+        levers=Levers(guidance_interval=(0.0, 0.75), batched_guidance=True, one_key_padding=True, bfloat16_decode=True),
+    ),
+    "fast": Preset(
+        num_inference_steps=5,
+        levers=Levers(guidance_interval=(0.0, 0.6), batched_guidance=True, one_key_padding=True, bfloat16_decode=True),
+    ),
+}
+"""Measured: `benchmarks/results/levers.md`."""
 
 WAN_1_3B = ModelProfile(
     name="wan2.1-t2v-1.3b",
@@ -46,6 +75,7 @@ WAN_1_3B = ModelProfile(
         flow_shift=8.0,
         negative_prompt=WAN_NEGATIVE_PROMPT,
     ),
+    presets=_LARGE_PRESETS,
 )
 
 WAN_14B = WAN_1_3B.model_copy(
@@ -77,6 +107,7 @@ WAN_TINY = WAN_1_3B.model_copy(
             flow_shift=3.0,
             negative_prompt="",
         ),
+        "presets": _TINY_PRESETS,
     }
 )
 

@@ -14,6 +14,7 @@ from pydantic.json_schema import SkipJsonSchema
 from schemas.errors import FieldError, InvalidRequest, Problem
 from schemas.jobs import Job, JobState, Progress
 from schemas.model_profile import ModelProfile
+from schemas.presets import PresetName
 from schemas.requests import MAX_SEED, Float, GenerateRequest, Int, Prompt, Text
 
 VideoStatus = Literal["queued", "in_progress", "completed", "failed"]
@@ -73,6 +74,8 @@ class VideoCreate(BaseModel):
     width: Int | None = Field(default=None, ge=1, description="Pixels, with `height`, instead of `size`.")
     height: Int | None = Field(default=None, ge=1, description="Pixels, with `width`.")
 
+    preset: PresetName | None = Field(default=None, description="As `POST /generate` takes it.")
+
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> "VideoCreate":
         if self.seconds is not None and self.num_frames is not None:
@@ -110,6 +113,7 @@ class VideoCreate(BaseModel):
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
             flow_shift=self.flow_shift,
+            preset=self.preset,
         )
 
 
@@ -170,6 +174,7 @@ class Video(BaseModel):
     num_inference_steps: int
     guidance_scale: float
     flow_shift: float
+    preset: PresetName
     inference_time_s: float | None = Field(description="Text encoding, denoising and decoding, once it is completed.")
 
     @classmethod
@@ -199,7 +204,7 @@ class Video(BaseModel):
 
 _ECHOED: Final = {
     *("prompt", "negative_prompt", "num_frames", "fps", "seed"),
-    *("num_inference_steps", "guidance_scale", "flow_shift"),
+    *("num_inference_steps", "guidance_scale", "flow_shift", "preset"),
 }
 
 

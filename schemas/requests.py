@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
+from schemas.presets import NO_LEVERS, Levers, PresetName
 from schemas.webhook_url import MAX_WEBHOOK_URL_CHARS, WebhookUrl
 
 MAX_PROMPT_CHARS = 2_000
@@ -60,6 +61,7 @@ class GenerateRequest(BaseModel):
                 {"prompt": "a red circle moving left"},
                 {"prompt": "a red circle moving left", "duration": 1, "seed": 7, "url_ttl_s": 600},
                 {"prompt": "a red circle moving left", "priority": "high", "deadline_s": 60},
+                {"prompt": "a red circle moving left", "preset": "exact"},
             ]
         },
     )
@@ -83,6 +85,11 @@ class GenerateRequest(BaseModel):
     num_inference_steps: Int | None = Field(default=None, ge=1)
     guidance_scale: Float | None = Field(default=None, description="1 turns guidance off.")
     flow_shift: Float | None = Field(default=None)
+    preset: PresetName | None = Field(
+        default=None,
+        description="`balanced` and `fast` take fewer forwards and render another clip; `GET /models` says how. "
+        "`exact` equals diffusers' own pipeline, as does a request without a preset, and implies `reproducible`.",
+    )
     url_ttl_s: Int | None = Field(
         default=None, ge=MIN_URL_TTL_S, le=MAX_URL_TTL_S, description="Seconds that `output_url` works."
     )
@@ -132,6 +139,8 @@ class GenerationParameters(BaseModel):
     guidance_scale: float
     flow_shift: float
     reproducible: bool
+    preset: PresetName = "exact"
+    levers: Levers = Field(default=NO_LEVERS, description="What the preset meant when the request was taken.")
 
     @property
     def duration(self) -> float:
@@ -142,6 +151,11 @@ class GenerationParameters(BaseModel):
     def does_guidance(self) -> bool:
         """Whether a second, unconditional forward is needed. Source: diffusers pipeline_wan.py."""
         return self.guidance_scale > 1.0
+
+    @property
+    def guided_steps(self) -> int:
+        """Steps that need it."""
+        return self.levers.guided_steps(self.num_inference_steps) if self.does_guidance else 0
 
 
 def url_ttl(request: GenerateRequest, default: timedelta) -> timedelta:

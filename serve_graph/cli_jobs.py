@@ -104,6 +104,7 @@ def models(url: Url = UrlDefault, as_json: AsJson = False) -> None:
             ("num_inference_steps", str(defaults.num_inference_steps)),
             ("guidance_scale", f"{defaults.guidance_scale:g}"),
             ("flow_shift", f"{defaults.flow_shift:g}"),
+            ("preset", "exact"),
         ):
             add_row(rows, field, profile.legal(field) or "", default)
         stdout().print(rows)

@@ -38,6 +38,7 @@ class Generator:
 
         from serve_graph.engine import checkpoint
         from serve_graph.engine.checkpoint_folder import locate_checkpoint
+        from serve_graph.engine.tuning import tune
 
         context = serve.get_replica_context()
         self._replica = context.replica_id.unique_id
@@ -54,7 +55,17 @@ class Generator:
         dtype = checkpoint.resolve_dtype(model.dtype, runs_on)
         found = locate_checkpoint(profile, model.path, model.revision)
         vae_dtype = checkpoint.resolve_dtype(model.vae_dtype, runs_on)
-        self._parts = checkpoint.load_generator_parts(found.folder, device, dtype, vae_dtype, runs_on)
+        self._parts = checkpoint.load_generator_parts(
+            found.folder, device, dtype, vae_dtype, runs_on, presets=profile.presets.values()
+        )
+        tune(
+            self._parts,
+            fuse_qkv=settings.engine.fuse_qkv,
+            vae_channels_last=settings.engine.vae_channels_last,
+            attention_backend=settings.engine.attention_backend,
+            int8_weights=settings.engine.int8_weights,
+            compile_mode=settings.engine.compile,
+        )
         self._device = device
         self._registry = new_registry()
         self._metrics = GeneratorMetrics(self._registry)

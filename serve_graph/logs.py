@@ -198,7 +198,7 @@ def _hide_exception(record: logging.LogRecord) -> bool:
 def _without_texts(parameters: GenerationParameters | None) -> dict[str, object] | None:
     if parameters is None:
         return None
-    return parameters.model_dump(exclude={"prompt", "negative_prompt"})
+    return parameters.model_dump(exclude={"prompt", "negative_prompt", "levers"})
 
 
 def _failure_fields(failure: BaseException) -> dict[str, object]:

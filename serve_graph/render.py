@@ -261,6 +261,7 @@ class Renderer:
             ),
             denoise_device_s=finished.denoise_device_s,
             decode_device_s=finished.decode_device_s,
+            effort=finished.effort,
         )
 
     async def _put(self, task: RenderTask, path: Path) -> None:

@@ -26,6 +26,7 @@ from typing import Final, Literal, NamedTuple, Protocol
 
 from schemas.handoff import Standing
 from schemas.model_profile import TEMPORAL_STRIDE
+from schemas.presets import PresetName
 from schemas.requests import GenerationParameters, Priority
 
 Policy = Literal["fifo", "srpt"]
@@ -66,80 +67,83 @@ _WEIGHT = 0.3
 class Work(NamedTuple):
     """A clip's work, all of it or what is left.
 
-    shape: frames, height, width. forwards: per step, 2 with guidance. chunks: latent frames to decode.
+    shape: frames, height, width. forwards: over all steps, a guided step has two. chunks: latent frames to decode.
+    preset: forwards and chunks of one take other times than those of another.
     """
 
     shape: tuple[int, int, int]
     forwards: int
-    steps: int
     chunks: int
+    preset: PresetName = "exact"
 
 
 def work_of(parameters: GenerationParameters) -> Work:
     """All the work of one clip."""
     return Work(
         shape=(parameters.num_frames, parameters.height, parameters.width),
-        forwards=2 if parameters.does_guidance else 1,
-        steps=parameters.num_inference_steps,
+        forwards=parameters.num_inference_steps + parameters.guided_steps,
         chunks=_num_chunks(parameters.num_frames),
+        preset=parameters.preset,
     )
 
 
 class WorkModel:
     """Seconds of work, learnt from steps and chunks, or from whole jobs, as they are seen.
 
-    A shape that was seen has averages of its own. Another is put at its units, steps x tokens and chunks x pixels,
-    times the seconds per unit that were seen last.
+    A shape that was seen under a preset has averages of its own. Another is put at its units, forwards x tokens and
+    chunks x pixels, times the seconds per unit that were seen last.
     """
 
     def __init__(self) -> None:
-        self._steps: dict[tuple[tuple[int, int, int], int], float] = {}
-        self._chunks: dict[tuple[int, int, int], float] = {}
-        self._per_step_unit: float | None = None
+        self._forwards: dict[tuple[tuple[int, int, int], PresetName], float] = {}
+        self._chunks: dict[tuple[tuple[int, int, int], PresetName], float] = {}
+        self._per_forward_unit: float | None = None
         self._per_chunk_unit: float | None = None
 
     @property
     def is_calibrated(self) -> bool:
         """Whether anything was seen; `seconds` is only a first guess before."""
-        return self._per_step_unit is not None
+        return self._per_forward_unit is not None
 
-    def saw_step(self, work: Work, seconds: float) -> None:
-        """One more step of such a job took so many seconds of the device: its share, where jobs went together."""
-        key = (work.shape, work.forwards)
-        self._steps[key] = _blend(self._steps.get(key), seconds)
-        self._per_step_unit = _blend(self._per_step_unit, seconds / _step_units(work))
+    def saw_forwards(self, work: Work, num_forwards: int, seconds: float) -> None:
+        """So many forwards of such a job took so many seconds of the device: its share, where jobs went together."""
+        key, each = (work.shape, work.preset), seconds / num_forwards
+        self._forwards[key] = _blend(self._forwards.get(key), each)
+        self._per_forward_unit = _blend(self._per_forward_unit, each / _forward_units(work))
 
     def saw_chunk(self, work: Work, seconds: float) -> None:
         """One more decode chunk took so long."""
-        self._chunks[work.shape] = _blend(self._chunks.get(work.shape), seconds)
+        key = (work.shape, work.preset)
+        self._chunks[key] = _blend(self._chunks.get(key), seconds)
         self._per_chunk_unit = _blend(self._per_chunk_unit, seconds / _chunk_units(work))
 
     def saw_job(self, whole: Work, denoise_s: float, decode_s: float) -> None:
         """Such a job took so many seconds of the device, waiting for others not included."""
         if denoise_s > 0 and decode_s > 0:
-            self.saw_step(whole, denoise_s / whole.steps)
+            self.saw_forwards(whole, whole.forwards, denoise_s)
             self.saw_chunk(whole, decode_s / whole.chunks)
 
     def seconds(self, left: Work) -> float:
-        """Seconds for the steps and chunks of `left`. A chunk counts as a step until one was decoded."""
-        step = self._steps.get((left.shape, left.forwards))
-        if step is None:
-            step = _step_units(left) * (self._per_step_unit or FIRST_GUESS_S)
-        chunk = self._chunks.get(left.shape)
+        """Seconds for the forwards and chunks of `left`. A chunk counts as a forward until one was decoded."""
+        key = (left.shape, left.preset)
+        forward = self._forwards.get(key)
+        if forward is None:
+            forward = _forward_units(left) * (self._per_forward_unit or FIRST_GUESS_S)
+        chunk = self._chunks.get(key)
         if chunk is None:
-            chunk = step if self._per_chunk_unit is None else _chunk_units(left) * self._per_chunk_unit
-        return left.steps * step + left.chunks * chunk
+            chunk = forward if self._per_chunk_unit is None else _chunk_units(left) * self._per_chunk_unit
+        return left.forwards * forward + left.chunks * chunk
 
 
 def _num_chunks(num_frames: int) -> int:
     return (num_frames - 1) // TEMPORAL_STRIDE + 1
 
 
-def _step_units(work: Work) -> float:
-    """Token forwards of one step, those of attention included. A patch has 16 x 16 pixels of one latent frame."""
+def _forward_units(work: Work) -> float:
+    """Tokens of one forward, those of attention included. A patch has 16 x 16 pixels of one latent frame."""
     num_frames, height, width = work.shape
     tokens = _num_chunks(num_frames) * height * width / 256
-    return work.forwards * tokens * (1 + tokens / ATTENTION_TOKENS)
+    return tokens * (1 + tokens / ATTENTION_TOKENS)
 
 
 def _chunk_units(work: Work) -> float:

@@ -187,6 +187,17 @@ class EngineSettings(_Section):
         "`null`: what `wan-serve plan` finds for the GPU.",
     )
     num_threads: int = Field(default=1, ge=1, description="CPU threads of one forward.")
+    compile: Literal["off", "regional"] = Field(
+        default="off", description="`regional`: the transformer's block is compiled, at the first forward of a shape."
+    )
+    attention_backend: str | None = Field(
+        default=None, description="One of diffusers' attention backends, for the process; `null`: torch's own."
+    )
+    fuse_qkv: bool = Field(default=False, description="A block's query, key and value projections as one.")
+    vae_channels_last: bool = Field(default=False, description="The VAE's weights with the channels last in memory.")
+    int8_weights: bool = Field(
+        default=False, description="The transformer's weights in int8: fewer bytes, and other clips; needs `[int8]`."
+    )
     hang_timeout_s: float = Field(
         default=600.0,
         gt=0,

@@ -129,12 +129,13 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, one_torch_thread: None
 
 @pytest.fixture(scope="session")
 def generator_parts(tiny_folder: Path) -> "GeneratorParts":
-    """The tiny transformer, VAE and scheduler template, float32 on the CPU."""
+    """The tiny transformer, VAE and scheduler template, float32 on the CPU; the VAE in bfloat16, too."""
     import torch
 
     from serve_graph.engine.checkpoint import load_generator_parts
 
-    return load_generator_parts(tiny_folder, torch.device("cpu"), "float32", "float32")
+    presets = RANDOM_WAN.presets.values()
+    return load_generator_parts(tiny_folder, torch.device("cpu"), "float32", "float32", presets=presets)
 
 
 @pytest.fixture(scope="session")

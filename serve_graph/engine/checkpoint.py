@@ -1,6 +1,7 @@
 """Loading a checkpoint in diffusers' layout, part by part, so that each deployment holds only what it runs."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,35 @@ from diffusers import AutoencoderKLWan, SchedulerMixin, WanTransformer3DModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from schemas.errors import ModelNotReady
+from schemas.presets import Levers, Preset
 from serve_graph.engine.channel_norm import quicken_norms
 from serve_graph.engine.malloc import keep_freed_memory
+from serve_graph.engine.quick_conv import quicken_convolutions
+from serve_graph.engine.text_keys import take_text_keys
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class GeneratorParts:
-    """What denoising and decoding need. `scheduler` is a template: each job gets one of its own."""
+    """What denoising and decoding need. `scheduler` is a template: each job gets one of its own.
+
+    quick_vae: the VAE in bfloat16, where a preset decodes with it; the very same one where the VAE is that already.
+    """
 
     transformer: WanTransformer3DModel
     vae: AutoencoderKLWan
     scheduler: SchedulerMixin
     device: torch.device
+    quick_vae: AutoencoderKLWan | None = None
+
+    def vae_for(self, levers: Levers) -> AutoencoderKLWan:
+        """The one to decode with. Raises ModelNotReady where that was not loaded."""
+        if not levers.bfloat16_decode:
+            return self.vae
+        if self.quick_vae is None:
+            raise ModelNotReady("the VAE in bfloat16 was not loaded")
+        return self.quick_vae
 
 
 @dataclass(frozen=True)
@@ -37,22 +53,45 @@ class TextParts:
 
 
 def load_generator_parts(
-    folder: Path, device: torch.device, dtype: str, vae_dtype: str, runs_on: torch.device | None = None
+    folder: Path,
+    device: torch.device,
+    dtype: str,
+    vae_dtype: str,
+    runs_on: torch.device | None = None,
+    *,
+    presets: Iterable[Preset] = (),
 ) -> GeneratorParts:
-    """Load the transformer, the VAE and the scheduler's configuration. runs_on: where `moved` will take them."""
+    """Load the transformer, the VAE and the scheduler's configuration.
+
+    runs_on: where `moved` will take them. presets: those that jobs may have.
+    """
     transformer = WanTransformer3DModel.from_pretrained(
         folder / "transformer", torch_dtype=DTYPES[dtype], **_mapping(device)
     )
-    vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=DTYPES[vae_dtype], **_mapping(device))
-    if (runs_on or device).type == "cpu":
-        quicken_norms(vae)
+    take_text_keys(transformer)
+    runs_on = runs_on or device
+    if runs_on.type == "cpu":
         keep_freed_memory()
+    vae = quick_vae = _load_vae(folder, device, vae_dtype, runs_on)
+    if not any(preset.levers.bfloat16_decode for preset in presets):
+        quick_vae = None
+    elif vae_dtype != "bfloat16":
+        quick_vae = _load_vae(folder, device, "bfloat16", runs_on)
     return GeneratorParts(
         transformer=transformer.to(device).eval().requires_grad_(False),
-        vae=vae.to(device).eval().requires_grad_(False),
+        vae=vae,
         scheduler=load_scheduler(folder),
         device=device,
+        quick_vae=quick_vae,
     )
+
+
+def _load_vae(folder: Path, device: torch.device, dtype: str, runs_on: torch.device) -> AutoencoderKLWan:
+    vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=DTYPES[dtype], **_mapping(device))
+    if runs_on.type == "cpu":
+        quicken_norms(vae)
+        quicken_convolutions(vae)
+    return vae.to(device).eval().requires_grad_(False)
 
 
 def load_scheduler(folder: Path) -> SchedulerMixin:
@@ -75,7 +114,9 @@ def load_text_parts(folder: Path, device: torch.device, dtype: str) -> TextParts
 def moved(parts: GeneratorParts, device: torch.device) -> GeneratorParts:
     """The same parts on another device."""
     parts.transformer.to(device)
-    parts.vae.to(device)
+    for vae in (parts.vae, parts.quick_vae):
+        if vae is not None:
+            vae.to(device)
     return replace(parts, device=device)
 
 

@@ -13,6 +13,7 @@ import torch
 from schemas.errors import WanError
 from schemas.handoff import PreparedPrompt, Standing, Started
 from schemas.jobs import Progress
+from schemas.presets import Effort, Levers
 from schemas.requests import GenerationParameters
 from serve_graph.engine.checkpoint import GeneratorParts
 from serve_graph.engine.decode import Decoding
@@ -43,6 +44,7 @@ class Finished:
     decode_s: float
     denoise_device_s: float
     decode_device_s: float
+    effort: Effort
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,12 @@ class EngineJob:
         self._denoising: Denoising | None = None
         self._decoding: Decoding | None = None
         self._phase_began = 0.0
+        self._effort: Effort | None = None
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def company(self) -> tuple[tuple[int, int, int], Levers]:
         """What must agree for two jobs to share a forward; the text length is fixed per model."""
-        return self.work.shape
+        return self.work.shape, self.parameters.levers
 
     @property
     def travels_alone(self) -> bool:
@@ -134,14 +137,19 @@ class EngineJob:
     def begin_decoding(self, parts: GeneratorParts) -> None:
         """Leave the denoising state behind and set up the decode."""
         latents = self.denoising.latents
+        self._effort = self.denoising.effort
         self.denoise_s = self._phase_seconds()
         self.notify(Denoised(latents))
-        self._decoding = Decoding(parts.vae, latents, may_tile=not self.parameters.reproducible)
+        vae = parts.vae_for(self.parameters.levers)
+        self._decoding = Decoding(vae, latents, may_tile=not self.parameters.reproducible)
         self._denoising = None
 
     def finish(self) -> None:
         """Tell that all frames are out."""
-        self.notify(Finished(self.denoise_s, self._phase_seconds(), self.denoise_device_s, self.decode_device_s))
+        if self._effort is None:
+            raise RuntimeError("the job was not denoised")
+        seconds = (self.denoise_s, self._phase_seconds(), self.denoise_device_s, self.decode_device_s)
+        self.notify(Finished(*seconds, self._effort))
 
     def let_go(self) -> None:
         """Give up the tensors of a job that has ended early, however long somebody keeps the job itself."""
@@ -156,11 +164,11 @@ class EngineJob:
 
     @property
     def work_left(self) -> Work:
-        """The steps and chunks that are left."""
+        """The forwards and chunks that are left."""
         if self._decoding is not None:
-            return self.work._replace(steps=0, chunks=self._decoding.num_chunks - self._decoding.chunk)
+            return self.work._replace(forwards=0, chunks=self._decoding.num_chunks - self._decoding.chunk)
         if self._denoising is not None:
-            return self.work._replace(steps=self._denoising.num_steps - self._denoising.step)
+            return self.work._replace(forwards=self._denoising.forwards_left)
         return self.work
 
     def _phase_seconds(self) -> float:

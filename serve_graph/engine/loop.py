@@ -172,7 +172,7 @@ class Engine:
         self._metrics.forward_done("cond")
         if num_forwards == 2:
             self._metrics.forward_done("uncond")
-        self._model.saw_step(batch[0].work._replace(forwards=num_forwards), seconds / len(batch))
+        self._model.saw_forwards(batch[0].work, num_forwards, seconds / len(batch))
         for job in batch:
             job.denoise_device_s += seconds / len(batch)
             self._tell_progress(job)

@@ -1,15 +1,15 @@
 """Which work the device does next. Pure: knows jobs as a shape, a size, a phase and a turn, and nothing of tensors.
 
 Whose turn it is says `serve_graph.scheduling`, and it is asked again for every unit of work: a job that is passed over
-stays as it is until its turn comes. The first job takes others of its shape along, in their order, as far as the
-token budget goes; a reproducible job travels alone, so that its bytes depend on it alone, and so does a suspect, whose
-last shared forward failed.
+stays as it is until its turn comes. The first job takes others of its shape and levers along, in their order, as far as
+the token budget goes; a reproducible job travels alone, so that its bytes depend on it alone, and so does a suspect,
+whose last shared forward failed.
 
 Under `fifo` a decode goes first, since it ends a job. Under `srpt` a chunk is a unit of work like a step: near a job's
 end little work is left, so only a shorter job comes between, and a long decode keeps none waiting for all of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -33,7 +33,7 @@ class Schedulable(Candidate, Protocol):
     def travels_alone(self) -> bool: ...
 
     @property
-    def shape(self) -> tuple[int, int, int]: ...
+    def company(self) -> Hashable: ...
 
     @property
     def num_tokens(self) -> int: ...
@@ -67,7 +67,7 @@ def next_work(jobs: Sequence[Schedulable], max_batch_tokens: int, policy: Policy
         tokens = leader.num_tokens
         for index in ordered[1:]:
             job = jobs[index]
-            if job.is_decoding or job.travels_alone or job.shape != leader.shape:
+            if job.is_decoding or job.travels_alone or job.company != leader.company:
                 continue
             tokens += job.num_tokens
             if tokens > max_batch_tokens:

@@ -72,7 +72,8 @@ class Views:
             size_bytes=record.result.size_bytes,
             sha256=record.result.sha256,
             timings=record.result.timings,
-            **parameters.model_dump(),
+            effort=record.result.effort,
+            **parameters.model_dump(exclude={"levers"}),
         )
 
     def clip_url(self, record: JobRecord, clip_id: str) -> PresignedUrl:

@@ -65,8 +65,10 @@ def record_480p(url: str, folder: Path = OUT, api_key: str | None = None) -> Pat
 def record_of(clip: Clip, gpu: str | None) -> dict[str, Any]:
     """floor_fraction: the floor over the measured denoising; 1 is the card's peak. None for another card or model."""
     known = [seconds for name, seconds in FLOORS_480P_S.items() if gpu is not None and name in gpu]
-    work = (clip.model, clip.width * clip.height, clip.num_frames, clip.num_inference_steps, clip.guidance_scale > 1)
-    floor_s = known[0] if known and work == ("wan2.1-t2v-1.3b", 480 * 832, 81, 50, True) else None
+    size = (clip.model, clip.width * clip.height, clip.num_frames)
+    work = (clip.num_inference_steps, clip.guidance_scale > 1, clip.preset)
+    is_floors = size == ("wan2.1-t2v-1.3b", 480 * 832, 81) and work == (50, True, "exact")
+    floor_s = known[0] if known and is_floors else None
     return {
         "gpu": gpu,
         "model": clip.model,

@@ -85,7 +85,7 @@ class Script:
             output_url=f"{self.base}/outputs/{clip_id}/first.mp4?signature=secret",
             expires_at=datetime.now(UTC) + timedelta(hours=1),
             model=job.model,
-            **job.parameters.model_dump(),
+            **job.parameters.model_dump(exclude={"levers"}),
             duration=job.parameters.duration,
             size_bytes=len(content),
             sha256=hashlib.sha256(content).hexdigest(),

@@ -61,6 +61,17 @@ def test_generate_draws_and_reports_a_seed_that_makes_the_same_clip_again(servic
     assert generate(service, reproducible=True, seed=drawn.seed + 1).sha256 != drawn.sha256
 
 
+def test_each_preset_is_told_with_what_it_took(service: RunningService) -> None:
+    exact, balanced, fast = (generate(service, preset=preset, seed=3) for preset in ("exact", "balanced", "fast"))
+
+    assert [clip.preset for clip in (exact, balanced, fast)] == ["exact", "balanced", "fast"]
+    assert exact.reproducible
+    assert exact.sha256 == generate(service, reproducible=True, seed=3).sha256
+    forwards = [clip.effort.forwards for clip in (exact, balanced, fast) if clip.effort is not None]
+    assert forwards[0] == 2 * exact.num_inference_steps
+    assert forwards[0] > forwards[1] > forwards[2]
+
+
 def test_output_url_expires_and_a_new_one_works(service: RunningService) -> None:
     clip = generate(service, url_ttl_s=2)
     assert fetch(clip.output_url).status_code == 200

@@ -10,6 +10,7 @@ from random_wan import RANDOM_WAN
 from schemas.errors import FieldError, InvalidRequest
 from schemas.model_profile import DRAWN_SEED_BITS, ModelProfile, nearest_values
 from schemas.official_profiles import PROFILES, WAN_1_3B, WAN_14B, WAN_TINY
+from schemas.presets import NO_LEVERS
 from schemas.requests import MAX_SEED, GenerateRequest, GenerationParameters
 
 GENERATED = ("num_frames", "duration", "fps", "resolution", "aspect_ratio", "width", "height")
@@ -43,6 +44,8 @@ def test_resolve_fills_in_the_profiles_defaults(profile: ModelProfile) -> None:
         "guidance_scale": defaults.guidance_scale,
         "flow_shift": defaults.flow_shift,
         "reproducible": False,
+        "preset": "exact",
+        "levers": NO_LEVERS.model_dump(),
     }
     assert [
         (r.name, r.aspect_ratio)
@@ -65,7 +68,7 @@ def test_resolve_keeps_what_was_asked_for() -> None:
         "reproducible": True,
     }
 
-    assert resolve(**asked).model_dump(exclude={"prompt"}) == asked
+    assert resolve(**asked).model_dump(exclude={"prompt", "preset", "levers"}) == asked
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,7 @@ def test_log_request_writes_every_field_of_a_request(lines: Lines) -> None:
             "guidance_scale": 2.0,
             "flow_shift": 3.0,
             "reproducible": False,
+            "preset": "exact",
         },
     }
 

@@ -31,6 +31,7 @@ from schemas.errors import (
 )
 from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask, Standing, Started, TextEmbedding
 from schemas.jobs import Progress, RenderedClip
+from schemas.presets import Effort, Levers
 from schemas.requests import GenerationParameters
 from serve_graph import render
 from serve_graph.engine.checkpoint import GeneratorParts
@@ -254,6 +255,20 @@ async def test_render_gives_the_same_bytes_again_when_asked_to_be_reproducible(
     assert isinstance(clips[0], RenderedClip)
     assert clips[0].sha256 == alone.sha256
     assert len({clip.sha256 for clip in clips if isinstance(clip, RenderedClip)}) == 8
+
+
+async def test_render_tells_what_a_clip_took(
+    renderer: Renderer, make_task: MakeTask, prepare: Callable[[GenerationParameters], PreparedPrompt]
+) -> None:
+    levers = Levers(guidance_interval=(0.0, 0.5), batched_guidance=True)
+    tasks = [make_task(), make_task("job_2", "clips/clip_2/a.mp4", preset="fast", levers=levers)]
+
+    ends = [(await collect(renderer.render(task, prepare(task.parameters))))[-1] for task in tasks]
+
+    assert [end.effort for end in ends if isinstance(end, RenderedClip)] == [
+        Effort(steps=4, guided_steps=4, forwards=8, cached_forwards=0),
+        Effort(steps=4, guided_steps=2, forwards=6, cached_forwards=0),
+    ]
 
 
 async def test_render_leaves_the_spool_empty_when_it_succeeds(

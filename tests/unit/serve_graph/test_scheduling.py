@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.handoff import Standing
+from schemas.presets import Levers
 from schemas.requests import GenerationParameters, Priority
 from serve_graph.scheduling import (
     ALONE_STRETCH,
@@ -458,23 +459,32 @@ def test_outlook_adds_up_the_work_of_all_that_go_before(jobs: list[Job], policy:
 # The model of work
 
 SHAPE = (9, 64, 64)
-WORK = Work(SHAPE, forwards=1, steps=4, chunks=3)
-LARGER = Work((81, 480, 832), forwards=1, steps=4, chunks=21)
+WORK = Work(SHAPE, forwards=4, chunks=3)
+LARGER = Work((81, 480, 832), forwards=4, chunks=21)
 
 
-def test_work_of_a_clip_counts_its_steps_forwards_and_chunks(
+def test_work_of_a_clip_counts_its_forwards_and_chunks(
     make_parameters: Callable[..., GenerationParameters],
 ) -> None:
-    assert work_of(make_parameters(guidance_scale=3.0)) == Work(SHAPE, forwards=2, steps=4, chunks=3)
-    assert work_of(make_parameters(guidance_scale=1.0, num_frames=81)).forwards == 1
+    assert work_of(make_parameters(guidance_scale=3.0)) == Work(SHAPE, forwards=2 * 4, chunks=3)
+    assert work_of(make_parameters(guidance_scale=1.0, num_frames=81)).forwards == 4
     assert work_of(make_parameters(num_frames=81)).chunks == 21
+
+
+def test_work_of_a_clip_counts_guidance_on_the_steps_of_its_interval_only(
+    make_parameters: Callable[..., GenerationParameters],
+) -> None:
+    half = Levers(guidance_interval=(0.0, 0.5))
+
+    assert work_of(make_parameters(preset="fast", levers=half)) == Work(SHAPE, forwards=4 + 2, chunks=3, preset="fast")
+    assert work_of(make_parameters(preset="fast", levers=half, guidance_scale=1.0)).forwards == 4
 
 
 def test_model_is_calibrated_once_it_has_seen_something() -> None:
     model = WorkModel()
     assert not model.is_calibrated
 
-    model.saw_step(WORK, 2.0)
+    model.saw_forwards(WORK, 1, 2.0)
 
     assert model.is_calibrated
 
@@ -482,19 +492,19 @@ def test_model_is_calibrated_once_it_has_seen_something() -> None:
 def test_model_tells_long_jobs_from_short_ones_before_it_has_seen_any() -> None:
     model = WorkModel()
 
-    assert 0 < model.seconds(WORK) < model.seconds(WORK._replace(steps=50)) < model.seconds(LARGER)
+    assert 0 < model.seconds(WORK) < model.seconds(WORK._replace(forwards=50)) < model.seconds(LARGER)
 
 
 def test_model_counts_a_chunk_as_a_step_until_one_was_decoded() -> None:
     model = WorkModel()
-    model.saw_step(WORK, 2.0)
+    model.saw_forwards(WORK, 1, 2.0)
 
     assert model.seconds(WORK) == pytest.approx((4 + 3) * 2.0)
 
 
 def test_model_adds_up_steps_and_chunks_once_both_were_seen() -> None:
     model = WorkModel()
-    model.saw_step(WORK, 2.0)
+    model.saw_forwards(WORK, 1, 2.0)
     model.saw_chunk(WORK, 0.5)
 
     assert model.seconds(WORK) == pytest.approx(4 * 2.0 + 3 * 0.5)
@@ -502,18 +512,18 @@ def test_model_adds_up_steps_and_chunks_once_both_were_seen() -> None:
 
 def test_model_is_zero_when_nothing_is_left() -> None:
     model = WorkModel()
-    model.saw_step(WORK, 2.0)
+    model.saw_forwards(WORK, 1, 2.0)
 
-    assert model.seconds(WORK._replace(steps=0, chunks=0)) == 0.0
+    assert model.seconds(WORK._replace(forwards=0, chunks=0)) == 0.0
 
 
 def test_model_follows_a_lasting_change_and_not_one_slow_step() -> None:
-    model, step = WorkModel(), WORK._replace(steps=1, chunks=0)
-    model.saw_step(WORK, 1.0)
-    model.saw_step(WORK, 11.0)
+    model, step = WorkModel(), WORK._replace(forwards=1, chunks=0)
+    model.saw_forwards(WORK, 1, 1.0)
+    model.saw_forwards(WORK, 1, 11.0)
     after_one = model.seconds(step)
     for _ in range(20):
-        model.saw_step(WORK, 11.0)
+        model.saw_forwards(WORK, 1, 11.0)
 
     assert after_one < 6.0
     assert model.seconds(step) == pytest.approx(11.0, rel=0.01)
@@ -521,35 +531,44 @@ def test_model_follows_a_lasting_change_and_not_one_slow_step() -> None:
 
 def test_model_carries_over_from_one_shape_to_another_by_tokens_and_pixels() -> None:
     model = WorkModel()
-    model.saw_step(WORK, 0.5)
+    model.saw_forwards(WORK, 1, 0.5)
     model.saw_chunk(WORK, 0.25)
-    wider = Work((9, 64, 128), forwards=1, steps=1, chunks=1)
+    wider = Work((9, 64, 128), forwards=1, chunks=1)
 
     assert model.seconds(wider._replace(chunks=0)) == pytest.approx(2 * 0.5, rel=0.01)
-    assert model.seconds(wider._replace(steps=0)) == pytest.approx(2 * 0.25)
-    assert model.seconds(WORK._replace(forwards=2, chunks=0)) == pytest.approx(2 * 4 * 0.5)
+    assert model.seconds(wider._replace(forwards=0)) == pytest.approx(2 * 0.25)
+    assert model.seconds(WORK._replace(preset="fast", chunks=0)) == pytest.approx(4 * 0.5)
+
+
+def test_model_keeps_averages_of_a_preset_apart_from_those_of_another() -> None:
+    model = WorkModel()
+    model.saw_forwards(WORK, 2, 1.0)
+    model.saw_forwards(WORK._replace(preset="fast"), 2, 0.1)
+
+    assert model.seconds(WORK._replace(chunks=0)) == pytest.approx(4 * 0.5)
+    assert model.seconds(WORK._replace(preset="fast", chunks=0)) == pytest.approx(4 * 0.05)
 
 
 def test_model_counts_attentions_quadratic_part() -> None:
     model = WorkModel()
-    model.saw_step(LARGER, 1.0)
-    half = Work((41, 480, 832), forwards=1, steps=1, chunks=0)
+    model.saw_forwards(LARGER, 1, 1.0)
+    half = Work((41, 480, 832), forwards=1, chunks=0)
 
     assert model.seconds(half) < 0.45  # 11 of 21 latent frames, 17,160 of 32,760 tokens
 
 
 def test_model_knows_a_shape_that_it_saw_better_than_its_units() -> None:
     model = WorkModel()
-    model.saw_step(LARGER, 3.0)
-    model.saw_step(WORK, 2.0)
+    model.saw_forwards(LARGER, 1, 3.0)
+    model.saw_forwards(WORK, 1, 2.0)
 
-    assert model.seconds(LARGER._replace(steps=1, chunks=0)) == pytest.approx(3.0)
+    assert model.seconds(LARGER._replace(forwards=1, chunks=0)) == pytest.approx(3.0)
 
 
 def test_model_learns_from_whole_jobs_what_it_would_from_their_parts() -> None:
     whole, parts = WorkModel(), WorkModel()
     whole.saw_job(WORK, denoise_s=8.0, decode_s=1.5)
-    parts.saw_step(WORK, 2.0)
+    parts.saw_forwards(WORK, 1, 2.0)
     parts.saw_chunk(WORK, 0.5)
 
     assert whole.seconds(WORK) == pytest.approx(parts.seconds(WORK))

@@ -17,6 +17,7 @@ from api_under_test import Api, open_api, small_mp4
 from openai import AsyncOpenAI
 from openai.types import Video
 from PIL import Image
+from random_wan import RANDOM_WAN
 from support import CLIP_BYTES, PUBLIC_URL, LogLines
 
 from schemas.errors import OutOfMemory, StoreUnavailable
@@ -87,6 +88,15 @@ async def test_create_takes_json_as_well(api: Api) -> None:
     assert answer.status_code == 200, answer.text
     assert answer.headers["x-request-id"]
     assert api.jobs.record(answer.json()["id"]).parameters.seed == 3
+
+
+async def test_a_preset_is_taken_and_told(api: Api, sdk: AsyncOpenAI) -> None:
+    video = await make(sdk, extra_body={"preset": "fast"})
+
+    assert video.model_extra is not None
+    assert video.model_extra["preset"] == "fast"
+    assert video.model_extra["num_inference_steps"] == RANDOM_WAN.presets["fast"].num_inference_steps
+    assert api.jobs.record(video.id).parameters.levers == RANDOM_WAN.presets["fast"].levers
 
 
 async def test_width_height_and_num_frames_are_taken_instead_of_size_and_seconds(sdk: AsyncOpenAI) -> None:

@@ -20,7 +20,7 @@ class Job:
 
     remaining_s: float = 1.0
     waited_s: float = 0.0
-    shape: tuple[int, int, int] = (9, 64, 64)
+    company: tuple[int, int, int] = (9, 64, 64)
     num_tokens: int = 48
     travels_alone: bool = False
     is_decoding: bool = False
@@ -36,7 +36,7 @@ def jobs_that(**are: st.SearchStrategy[object]) -> st.SearchStrategy[Job]:
         Job,
         remaining_s=st.floats(0.1, 100.0),
         waited_s=st.floats(0.0, 100.0),
-        shape=st.sampled_from([(9, 64, 64), (17, 64, 64), (9, 64, 112)]),
+        company=st.sampled_from([(9, 64, 64), (17, 64, 64), (9, 64, 112)]),
         num_tokens=st.just(48),
         travels_alone=st.booleans(),
         **are,
@@ -112,7 +112,7 @@ def test_next_work_steps_only_jobs_of_one_shape_that_denoise(jobs: list[Job], bu
     work = next_work(jobs, budget, policy, NOW)
 
     if isinstance(work, Step):
-        assert len({jobs[i].shape for i in work.indices}) == 1
+        assert len({jobs[i].company for i in work.indices}) == 1
         assert not any(jobs[i].is_decoding for i in work.indices)
 
 
