@@ -69,6 +69,6 @@ def test_markdown_has_each_variant_each_preset_and_each_goal(
     assert "| fast | 12 | 12 | 25% | 250 | 0.250 | 0.250 | 0 | 21.5 | 1.0000 |" in text
     assert "| stock | 1.00 | 0.75 | 1.00 | 0.50 | 0.50 |" in text
     assert "- `exact`: no lever\n" in text
-    assert "- `fast`: 5 steps, guidance_interval (0.0, 0.6), batched_guidance" in text
+    assert "- `fast`: 6 steps, guidance_interval (0.0, 0.6), batched_guidance" in text
     assert "3,120 latent tokens" in text
     assert LeversReport.model_validate_json((tmp_path / "levers.json").read_text()) == report

@@ -36,7 +36,7 @@ def refusal(args: dict[str, Any]) -> str:
 def test_read_settings_has_a_default_for_everything() -> None:
     settings = read_settings({})
 
-    assert settings.profile is PROFILES["wan-tiny"]
+    assert settings.profile == PROFILES["wan-tiny"]
     assert settings.storage.kind == "local"
     assert settings.queue.max_waiting_jobs == 256
     assert settings.max_dispatched_jobs == settings.engine.max_jobs_in_flight + settings.queue.prefetch
