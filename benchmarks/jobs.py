@@ -18,7 +18,8 @@ from s3_servers.ministack import Ministack
 
 from benchmarks import pages, trace
 from benchmarks.figures import Comparison, Measure, at_most, keeps_rate, spread
-from benchmarks.report import JobsReport, machine, print_jobs_report, versions, write_jobs_report
+from benchmarks.machine import machine
+from benchmarks.report import JobsReport, print_jobs_report, versions, write_jobs_report
 from benchmarks.service import Service, ServiceFailed, running_service, write_config
 from benchmarks.workload import request
 from serve_graph.engine.checkpoint_folder import SHIPPED

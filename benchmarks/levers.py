@@ -24,7 +24,8 @@ from benchmarks.contenders import BareEngine, Outcome, Stock
 from benchmarks.figures import at_most, ratios, spread
 from benchmarks.levers_report import BlockReport, LeversReport, Variant, print_levers_report, write_levers_report
 from benchmarks.likeness import psnr, relative_error, ssim
-from benchmarks.report import machine, versions
+from benchmarks.machine import machine
+from benchmarks.report import versions
 from benchmarks.service import write_config
 from benchmarks.workload import request
 from schemas.presets import EXACT, Effort, Levers, Preset

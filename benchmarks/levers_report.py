@@ -7,7 +7,8 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from benchmarks.figures import Comparison, Spread
-from benchmarks.report import Machine, Table
+from benchmarks.machine import Machine
+from benchmarks.tables import Table
 from schemas.presets import Effort, Levers, Preset, PresetName
 from schemas.requests import GenerationParameters
 from serve_graph.adherence import ATTRIBUTES, Rates

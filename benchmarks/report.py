@@ -1,22 +1,20 @@
 """The report: its data, and one set of tables that the terminal and the Markdown file share. Measures nothing."""
 
 import math
-import os
 import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
-import psutil
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
-from rich.table import Table as RichTable
 
 from benchmarks.figures import Comparison, Measure, Spread, Unit
+from benchmarks.machine import Machine
 from benchmarks.processes import Memory
+from benchmarks.tables import Table
 from schemas.clips import Timings
 from schemas.requests import GenerationParameters
 from serve_graph.settings import EncodeSettings, EngineSettings, TextSettings
@@ -41,15 +39,6 @@ _MIB = 2**20
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Machine(_Part):
-    """Where it was measured; nothing that names the machine. load: the mean of the last minute before the run."""
-
-    cpu: str
-    num_cores: int
-    memory_bytes: int
-    load: float
 
 
 class Asked(_Part):
@@ -94,44 +83,6 @@ class Report(_Part):
     @property
     def passed(self) -> bool:
         return all(comparison.passed for comparison in self.comparisons)
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text. The first column is left-aligned, and so are those in `prose`; numbers are on the right."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    prose: frozenset[int] = frozenset()
-
-    def markdown(self) -> str:
-        rule = ["---" if self._is_prose(i) else "---:" for i in range(len(self.header))]
-        lines = ["| " + " | ".join(row) + " |" for row in (self.header, rule, *self.rows)]
-        return f"## {self.title}\n\n" + "\n".join(lines) + "\n"
-
-    def rich(self) -> RichTable:
-        table = RichTable(title=self.title, title_justify="left", title_style="bold")
-        for i, name in enumerate(self.header):
-            table.add_column(name, justify="left" if self._is_prose(i) else "right")
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-    def _is_prose(self, column: int) -> bool:
-        return column == 0 or column in self.prose
-
-
-def machine() -> Machine:
-    """This machine, as far as the figures depend on it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return Machine(
-        cpu=next(names, platform.machine()),
-        num_cores=len(os.sched_getaffinity(0)),
-        memory_bytes=psutil.virtual_memory().total,
-        load=round(os.getloadavg()[0], 2),
-    )
 
 
 def versions() -> dict[str, str]:

@@ -19,12 +19,12 @@ from s3_servers.ministack import Ministack
 
 from benchmarks.child import ChildFailed, child
 from benchmarks.figures import Comparison, Measure, keeps_rate, no_slower, spread, within_overhead
+from benchmarks.machine import machine
 from benchmarks.races import BesideService, Findings, NotComparable, Plan, Races
 from benchmarks.report import (
     Agreement,
     Asked,
     Report,
-    machine,
     median_timings,
     print_report,
     versions,

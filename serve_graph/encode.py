@@ -4,6 +4,7 @@ import json
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import av
 import numpy as np
@@ -11,7 +12,9 @@ import numpy.typing as npt
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 
 from schemas.errors import RenderFailed
-from serve_graph.settings import EncodeSettings
+
+if TYPE_CHECKING:
+    from serve_graph.settings import EncodeSettings
 
 X264_PARAMS = "mbtree=0"
 """x264's macroblock tree gives other bytes for the same frames now and then, with one thread too. Measured: 14 of 200
@@ -32,7 +35,7 @@ class Mp4Writer:
         width: int,
         height: int,
         fps: int,
-        settings: EncodeSettings,
+        settings: "EncodeSettings",
         metadata: dict[str, str | int],
     ) -> None:
         self._size = (height, width)

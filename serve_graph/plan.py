@@ -10,6 +10,7 @@ embeddings and the text encoder's activations (a third of a GB for eight prompts
 bfloat16 peak: no real run is quicker without doing less. *Expected* is the floor over `EFFICIENCY`: an estimate.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
@@ -49,6 +50,15 @@ GPUS: Final = {
 """The smallest first. Sources of the peaks: NVIDIA's data sheets of the L4 (242 TFLOP/s with sparsity, so half of it
 dense), of the A100 (312), of the H100 SXM (1,979 with sparsity; the PCIe card has less, for which the floor still is
 one). Of the memory: what torch's errors name as total capacity of such cards."""
+
+
+def card_named(name: str, memory_bytes: int) -> Gpu | None:
+    """The card that torch calls so, such as `NVIDIA A100-SXM4-40GB`; None for one that is not in `GPUS`."""
+    words = re.split(r"[ -]", name)
+    for card in GPUS.values():
+        if card.name.partition("-")[0] in words and memory_bytes < 1.2 * card.memory_bytes:
+            return card
+    return None
 
 
 @dataclass(frozen=True)

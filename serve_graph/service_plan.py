@@ -3,7 +3,6 @@
 Knows no torch: who reads the device hands over its name and its memory.
 """
 
-import re
 from collections.abc import Callable
 
 from schemas.errors import FieldError, InvalidRequest, ModelNotReady
@@ -11,7 +10,7 @@ from schemas.estimates import DeviceEstimate, EstimatedWork
 from schemas.health import GpuHealth
 from schemas.model_profile import unique
 from schemas.requests import GenerationParameters
-from serve_graph.plan import EFFICIENCY, GPUS, Clip, Gpu, Placement, plan_of
+from serve_graph.plan import EFFICIENCY, Clip, Placement, card_named, plan_of
 from serve_graph.settings import ModelSettings, Settings
 
 _GIB = 2**30
@@ -49,15 +48,6 @@ def check_start(settings: Settings, name: str, memory_bytes: int) -> None:
         f"and there are {memory_bytes / _GIB:.1f}; "
         + (f"it would with {', or '.join(nearest)}" if nearest else "it fits on no card that is known here")
     )
-
-
-def card_named(name: str, memory_bytes: int) -> Gpu | None:
-    """The card that torch calls so, such as `NVIDIA A100-SXM4-40GB`; None for one that is not in `GPUS`."""
-    words = re.split(r"[ -]", name)
-    for card in GPUS.values():
-        if card.name.partition("-")[0] in words and memory_bytes < 1.2 * card.memory_bytes:
-            return card
-    return None
 
 
 class ServicePlan:

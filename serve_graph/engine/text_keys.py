@@ -41,8 +41,9 @@ class TextKeysProcessor(WanAttnProcessor):  # type: ignore[misc]  # diffusers' i
             return attended
         text = encoder_hidden_states
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        bias = text.bias.type_as(query)  # CUDA's kernels refuse another dtype, or read its bytes as the query's
         heads = torch.nn.functional.scaled_dot_product_attention(
-            query.transpose(1, 2), text.keys.transpose(1, 2), text.values.transpose(1, 2), attn_mask=text.bias
+            query.transpose(1, 2), text.keys.transpose(1, 2), text.values.transpose(1, 2), attn_mask=bias
         )  # (B, heads, S, head_dim)
         projected: torch.Tensor = attn.to_out[0](heads.transpose(1, 2).flatten(2, 3).type_as(query))
         return projected

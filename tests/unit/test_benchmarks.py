@@ -13,13 +13,13 @@ from random_wan import RANDOM_WAN
 
 from benchmarks import trace
 from benchmarks.figures import Measure, at_most, keeps_rate, no_slower, ratios, spread, within_overhead
+from benchmarks.machine import Machine
 from benchmarks.processes import Memory, cpu_seconds, memory, role_of
 from benchmarks.races import Numbers, Plan
 from benchmarks.report import (
     Agreement,
     Asked,
     JobsReport,
-    Machine,
     Report,
     markdown,
     median_timings,

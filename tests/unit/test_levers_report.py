@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.figures import Comparison, at_most, spread
 from benchmarks.levers_report import BlockReport, LeversReport, Variant, write_levers_report
-from benchmarks.report import Machine
+from benchmarks.machine import Machine
 from schemas.official_profiles import WAN_TINY
 from schemas.presets import Effort
 from schemas.requests import GenerateRequest

@@ -9,8 +9,8 @@ from schemas.health import GpuHealth
 from schemas.official_profiles import PROFILES, WAN_1_3B, WAN_14B
 from schemas.requests import GenerateRequest
 from serve_graph.on_modal.commands import FLOORS_480P_S
-from serve_graph.plan import CONTEXT_BYTES, EFFICIENCY, GPUS, SLACK, ModelPlan, Placement, plan_of, rows
-from serve_graph.service_plan import ServicePlan, card_named, check_start, placement_of
+from serve_graph.plan import CONTEXT_BYTES, EFFICIENCY, GPUS, SLACK, ModelPlan, Placement, card_named, plan_of, rows
+from serve_graph.service_plan import ServicePlan, check_start, placement_of
 from serve_graph.settings import EngineSettings, ModelSettings, Settings
 
 L4, A100_40GB, A100_80GB, H100 = GPUS.values()

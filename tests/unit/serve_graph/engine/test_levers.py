@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from random_wan import RANDOM_WAN
+from torch.overrides import TorchFunctionMode
 
 from schemas.errors import ModelNotReady
 from schemas.handoff import PreparedPrompt
@@ -348,3 +349,26 @@ def test_exact_is_bit_for_bit_the_same_alone_and_among_fast_jobs_and_shares_no_f
     assert isinstance(told, Finished)
     assert told.effort.guided_steps == 4
     assert told.effort.cached_forwards > 0
+
+
+def test_the_one_keys_bias_has_the_dtype_of_the_queries(
+    tiny_folder: Path,
+    make_parameters: Callable[..., GenerationParameters],
+    prepare: Callable[[GenerationParameters], PreparedPrompt],
+) -> None:
+    """torch on a CPU takes float32 beside bfloat16; on CUDA one kernel refuses it and another misreads it."""
+    parts = load_generator_parts(tiny_folder, torch.device("cpu"), "bfloat16", "float32")
+    parameters = make_parameters(levers=ONE_KEY)
+    seen: set[tuple[torch.dtype, torch.dtype]] = set()
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            bias = (kwargs or {}).get("attn_mask")
+            if func is torch.nn.functional.scaled_dot_product_attention and bias is not None:
+                seen.add((args[0].dtype, bias.dtype))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        denoise_step(parts.transformer, [Denoising(parts, parameters, prepare(parameters), TEXT_LENGTH)])
+
+    assert seen == {(torch.bfloat16, torch.bfloat16)}

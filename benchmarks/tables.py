@@ -1,0 +1,31 @@
+"""Tables of text, for the terminal and for Markdown files. Knows nothing of what is in them."""
+
+from dataclasses import dataclass
+
+from rich.table import Table as RichTable
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text. The first column is left-aligned, and so are those in `prose`; numbers are on the right."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    prose: frozenset[int] = frozenset()
+
+    def markdown(self) -> str:
+        rule = ["---" if self._is_prose(i) else "---:" for i in range(len(self.header))]
+        lines = ["| " + " | ".join(row) + " |" for row in (self.header, rule, *self.rows)]
+        return f"## {self.title}\n\n" + "\n".join(lines) + "\n"
+
+    def rich(self) -> RichTable:
+        table = RichTable(title=self.title, title_justify="left", title_style="bold")
+        for i, name in enumerate(self.header):
+            table.add_column(name, justify="left" if self._is_prose(i) else "right")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def _is_prose(self, column: int) -> bool:
+        return column == 0 or column in self.prose
