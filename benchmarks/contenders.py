@@ -6,9 +6,10 @@ Neither knows what it is measured against.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 
 import av
@@ -22,7 +23,7 @@ from diffusers.utils import logging as diffusers_logging
 from benchmarks.workload import Block, closed_loop, request
 from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask, TextItem
 from schemas.jobs import RenderedClip, clip_id_of, new_job_id
-from schemas.requests import GenerationParameters
+from schemas.requests import GenerateRequest, GenerationParameters
 from serve_graph.encode import X264_PARAMS
 from serve_graph.engine.checkpoint import load_generator_parts, load_text_parts
 from serve_graph.engine.checkpoint_folder import locate_checkpoint
@@ -36,6 +37,8 @@ from serve_graph.text_encoding import TextEncoder
 from storage.keys import clip_key
 
 Frames = npt.NDArray[np.uint8]
+Asked = Callable[[int], GenerateRequest]
+"""The request with a number; a function of a module, since it goes through a pipe."""
 
 _CPU = torch.device("cpu")
 
@@ -147,15 +150,15 @@ class BareEngine:
         self._engine.submit(EngineJob(new_job_id(), parameters, prompt, collector, collector.notify))
         return collector.frames.result()
 
-    def clip(self, number: int) -> tuple[float, RenderedClip]:
+    def clip(self, number: int, asked: Asked = request) -> tuple[float, RenderedClip]:
         """Make one clip. Returns the seconds from its prompt to its object in the store, and what it is."""
         began = time.perf_counter()
-        rendered = self._loop.run(self._render(number))
+        rendered = self._loop.run(self._render(number, asked))
         return time.perf_counter() - began, rendered
 
-    def block(self, first: int, num_timed: int) -> Block:
+    def block(self, first: int, num_timed: int, asked: Asked = request) -> Block:
         """A closed loop, see `workload.closed_loop`."""
-        return self._loop.run(closed_loop(self._render, first, num_timed=num_timed))
+        return self._loop.run(closed_loop(partial(self._render, asked=asked), first, num_timed=num_timed))
 
     async def _prepare(self, parameters: GenerationParameters) -> PreparedPrompt:
         items = [TextItem(text, solo=False) for text in (parameters.prompt, parameters.negative_prompt)]
@@ -163,9 +166,9 @@ class BareEngine:
         positive, negative = await loop.run_in_executor(self._text_thread, self._text_encoder.encode, items)
         return PreparedPrompt(positive, negative)
 
-    async def _render(self, number: int) -> RenderedClip:
+    async def _render(self, number: int, asked: Asked) -> RenderedClip:
         job_id = new_job_id()
-        parameters = self._profile.resolve(request(number))
+        parameters = self._profile.resolve(asked(number))
         task = RenderTask(job_id, job_id, clip_key(clip_id_of(job_id), "bench"), parameters)
         events: AsyncGenerator[RenderEvent, None] = self._renderer.render(task, await self._prepare(parameters))
         async with aclosing(events):
