@@ -1,4 +1,4 @@
-"""`PYTHONPATH=tests python -m benchmarks.memory`: the service's memory over many clips, each with a prompt of its own."""
+"""`PYTHONPATH=tests python -m benchmarks.memory`: the service's memory over many clips, no two prompts alike."""
 
 import argparse
 import os

@@ -130,8 +130,10 @@ def _wait_ready(process: subprocess.Popen[bytes], log: Path) -> None:
 
 def stop_family(process: subprocess.Popen[bytes], timeout_s: float) -> None:
     """Ask it to stop within so many seconds; whoever of its family is still there afterwards is killed."""
-    process.send_signal(signal.SIGTERM)
     family: set[psutil.Process] = set()
+    with suppress(psutil.NoSuchProcess):  # before it ends: later its children have no parent to be found by
+        family |= set(psutil.Process(process.pid).children(recursive=True))
+    process.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + timeout_s
     while process.poll() is None and time.monotonic() < deadline:
         with suppress(psutil.NoSuchProcess):  # also those that start only now, while Ray comes up

@@ -8,8 +8,9 @@ import base64
 import os
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from benchmarks.peers import pipeline
 from benchmarks.processes import Memory, memory, roles
 from benchmarks.service import START_TIMEOUT_S, stop_family
 from schemas.clips import Clip
-from schemas.jobs import JobPage, JobState
+from schemas.jobs import Job, JobPage, JobState
 from schemas.requests import GenerateRequest
 from serve_graph.open_ports import free_port
 
@@ -36,6 +37,7 @@ _BUSY_PAUSE_S = 0.05
 _TIMEOUT_S = 600.0
 _NEWEST = 50
 """Jobs among which that of a client who leaves is looked for."""
+_LOOKS = 5
 _STOP_TIMEOUT_S = 10.0
 
 
@@ -48,7 +50,7 @@ class PeerFailed(Exception):
 
 
 @dataclass
-class Contender:
+class Contender(ABC):
     """What a server is to its clients. `left` is told just before a client goes away."""
 
     name: str
@@ -68,31 +70,38 @@ class Contender:
         except (httpx.HTTPError, KeyError, ValueError) as error:
             raise NoClip(repr(error)) from error
 
-    async def _clip(self, body: dict[str, Any]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    async def _clip(self, body: dict[str, Any]) -> None: ...
 
-    async def left(self, number: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    async def left(self, number: int) -> None: ...
 
+    @abstractmethod
     async def wasted_steps(self) -> int:
         """Steps run since the start for clients who had gone by then."""
-        raise NotImplementedError
 
+    @abstractmethod
     def worker(self) -> int:
         """The process that holds the model."""
-        raise NotImplementedError
 
     def memory(self) -> Memory:
-        """Of all its processes."""
-        family = [self.pid, *(child.pid for child in psutil.Process(self.pid).children(recursive=True))]
-        return memory([pid for pid in family if Path(f"/proc/{pid}/smaps_rollup").exists()])
+        """Of all its processes; one that ends meanwhile is left out."""
+        found: list[Memory] = []
+        for pid in (self.pid, *(child.pid for child in psutil.Process(self.pid).children(recursive=True))):
+            with suppress(OSError, StopIteration):  # it has ended, or has and waits for its parent
+                found.append(memory([pid]))
+        return Memory(
+            num_processes=len(found),
+            peak_rss_bytes=max(one.peak_rss_bytes for one in found),
+            pss_bytes=sum(one.pss_bytes for one in found),
+        )
 
 
 @dataclass
 class Service(Contender):
     """This service. Its answer is a URL; `download` fetches what it leads to."""
 
-    steps_before_leaving: int = 0
+    steps_at_leaving: dict[str, int] = field(default_factory=dict)
     last_url: str = ""
 
     async def _clip(self, body: dict[str, Any]) -> None:
@@ -108,17 +117,29 @@ class Service(Contender):
         return time.perf_counter() - began
 
     async def left(self, number: int) -> None:
-        """The step that the job is at: those so far were run for a client who was there."""
+        """Remember the step that the job is at: those so far were run for a client who was there."""
         answer = await self.http.get("/jobs", params={"limit": _NEWEST})
-        for job in JobPage.model_validate_json(answer.content).jobs:
-            if job.parameters.seed == number and job.state is JobState.RUNNING and job.progress is not None:
-                self.steps_before_leaving += job.progress.step
+        for listed in JobPage.model_validate_json(answer.content).jobs:
+            if listed.parameters.seed == number:  # the list took its time, and steps went on
+                job = Job.model_validate_json((await self.http.get(f"/jobs/{listed.job_id}")).content)
+                self.steps_at_leaving[job.job_id] = 0 if job.progress is None else job.progress.step
 
     async def wasted_steps(self) -> int:
-        families = text_string_to_metric_families((await self.http.get("/metrics")).text)
-        samples = (sample for family in families for sample in family.samples)
-        counted = sum(sample.value for sample in samples if sample.name == "wan_wasted_steps_total")
-        return max(0, round(counted) - self.steps_before_leaving)
+        """All steps of jobs that were cancelled and of those that ended all the same, but not those before leaving."""
+        wasted = await self._steps_of_cancelled()
+        for job_id, step in self.steps_at_leaving.items():
+            job = Job.model_validate_json((await self.http.get(f"/jobs/{job_id}")).content)
+            ended_all_the_same = job.state is JobState.SUCCEEDED
+            wasted += job.parameters.num_inference_steps - step if ended_all_the_same else -step
+        return max(0, wasted)
+
+    async def _steps_of_cancelled(self) -> int:
+        for _ in range(_LOOKS):  # a busy replica's part of the page may come too late and be missing
+            families = text_string_to_metric_families((await self.http.get("/metrics")).text)
+            samples = [s.value for family in families for s in family.samples if s.name == "wan_wasted_steps_total"]
+            if samples:
+                return round(sum(samples))
+        raise NoClip("/metrics has no wan_wasted_steps_total")
 
     def worker(self) -> int:
         return int(roles(self.pid)["generator"][0].pid)

@@ -46,7 +46,10 @@ async def run_closed(contender: Contender, first: int, clients: int, num_timed: 
         await contender.clip(short_job(number))
         seconds.append(time.perf_counter() - began)
 
-    block = await closed_loop(make, first, num_timed=num_timed, in_flight=clients)
+    try:
+        block = await closed_loop(make, first, num_timed=num_timed, in_flight=clients)
+    except* NoClip as failed:
+        raise NoClip(f"{contender.name}: {failed.exceptions[0]}") from failed
     return Loop(60 * block.clips_per_s, seconds)
 
 
