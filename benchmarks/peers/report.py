@@ -308,12 +308,23 @@ machine, the contenders taking turns.{" Tried at a tiny size (`--quick`): no fig
 - Clients gone: one in five leaves after half of the time that its job takes alone. Of {ours}, the steps of jobs that
   were cancelled (`/metrics`) less those done when the client left; of the others, steps logged after that moment.
 - SIGKILL: to the process that holds the model, with long jobs in flight ("The rest") and half of their time gone.
+- Memory: the PSS of all processes of a server, read after each of its blocks; the largest.
+- Samples of {ours}: {_samples(report.contenders[ours])}.
+- The best peer, against which the goals are held: most clips per minute under the most clients:
+  {report.best_peer or "none"}.
 - While the others worked, the waiting {ours} took {report.waiting_service_cores:.2f} of a core.
 - Behind a figure: its ratio to that of {ours}.
 {left_out}
 """
     where = "\n".join(f"- {line}" for line in behind) or "- nowhere in this run"
     return head + "\n".join(t.markdown() for t in _tables(report, ours)) + f"\n## Where a peer is better\n\n{where}\n"
+
+
+def _samples(found: Found) -> str:
+    """How many clips stand behind the waiting times."""
+    closed = ", ".join(f"{loop.waits.count} with {loop.clients} clients" for loop in found.closed)
+    counts = ((one.load, kind, waits.count) for one in found.open for kind, waits in one.waits.items() if waits)
+    return f"{closed}; " + ", ".join(f"{count} {kind} at {load:.0%}" for load, kind, count in counts)
 
 
 def _tables(report: PeersReport, ours: str) -> list[Table]:
