@@ -20,7 +20,7 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 from s3_servers.process import dies_with_parent
 
-from benchmarks.peers import pipeline
+from benchmarks.peers import worker_files
 from benchmarks.processes import Memory, memory, roles
 from benchmarks.service import START_TIMEOUT_S, stop_family
 from schemas.clips import Clip
@@ -163,12 +163,12 @@ class Peer(Contender):
         self.left_at[number] = time.monotonic()
 
     async def wasted_steps(self) -> int:
-        lines = (self.folder / pipeline.STEPS_FILE).read_text().splitlines()
+        lines = (self.folder / worker_files.STEPS_FILE).read_text().splitlines()
         steps = ((int(seed), float(at)) for seed, at in (line.split() for line in lines))
         return sum(1 for seed, at in steps if at > self.left_at.get(seed, float("inf")))
 
     def worker(self) -> int:
-        return int((self.folder / pipeline.WORKER_FILE).read_text())
+        return int((self.folder / worker_files.WORKER_FILE).read_text())
 
 
 @dataclass
@@ -221,7 +221,7 @@ def running_peer(name: str, python: Path, checkpoint: Path, folder: Path) -> Ite
     folder.mkdir()
     log = folder / "log"
     environment = os.environ | launch.env
-    environment |= {pipeline.CHECKPOINT_VARIABLE: str(checkpoint), pipeline.FOLDER_VARIABLE: str(folder)}
+    environment |= {worker_files.CHECKPOINT_VARIABLE: str(checkpoint), worker_files.FOLDER_VARIABLE: str(folder)}
     environment |= {"PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1", "PORT": str(port), "TMPDIR": str(folder)}
     environment |= {"PATH": f"{python.parent}:{environment['PATH']}"}  # cog starts its worker as `python`
     began = time.perf_counter()

@@ -1,7 +1,6 @@
 """What every peer serves: diffusers' `WanPipeline`, one prompt or several in a call, and an MP4 for each.
 
-Runs in a peer's worker process. Knows nothing of servers. Where the checkpoint is and where files go is read from the
-environment, the one way in that all three peers leave open.
+Runs in a peer's worker process. Knows nothing of servers.
 """
 
 import os
@@ -17,13 +16,10 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 from diffusers.utils import logging as diffusers_logging
 
+from benchmarks.peers.worker_files import CHECKPOINT_VARIABLE, FOLDER_VARIABLE, STEPS_FILE, WORKER_FILE
 from schemas.official_profiles import WAN_TINY
 from serve_graph.encode import Mp4Writer
 from serve_graph.settings import EncodeSettings
-
-CHECKPOINT_VARIABLE, FOLDER_VARIABLE = "PEER_CHECKPOINT", "PEER_FOLDER"
-WORKER_FILE, STEPS_FILE = "worker.pid", "steps.log"
-"""In the peer's folder: the process that holds the model, and a line `seed seconds` for each step of each clip."""
 
 
 @dataclass(frozen=True)
