@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := $(VENV)/peers
 CONFIG ?= configs/local.yaml
 # Whole files go to each of two processes, in the suite's own order (tests/conftest.py: FilesAndFolders).
 TEST_WORKERS ?= -n 2 --dist loadscope --no-loadscope-reorder
@@ -11,7 +12,7 @@ TEST_WORKERS ?= -n 2 --dist loadscope --no-loadscope-reorder
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve serve-s3 test test-ceph test-modal deploy modal-smoke modal-coldstart lint typecheck check format bench clean
+.PHONY: help install demo serve serve-s3 test test-ceph test-modal deploy modal-smoke modal-coldstart lint typecheck check format bench bench-peers clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -70,6 +71,18 @@ format: $(STAMP) ## Fix what ruff can fix
 bench: $(STAMP) ## Measure; writes benchmarks/results/
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.run
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.jobs
+
+# The peers' packages lie above the project's, in an environment that sees both, so that neither changes the other.
+$(PEERS)/.installed: $(STAMP) benchmarks/peers/requirements.txt
+	$(BIN)/python -m venv $(PEERS)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$($(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt \
+	  -r benchmarks/peers/requirements.txt
+	@touch $@
+
+bench-peers: $(PEERS)/.installed ## Measure beside FastAPI, LitServe and cog; BENCH_ARGS=--quick tries it
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.peers.run --python $(PEERS)/bin/python $(BENCH_ARGS)
 
 clean: ## Remove the environment and everything built; clips and records under data/ stay
 	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

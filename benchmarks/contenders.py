@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import av
@@ -24,7 +25,7 @@ from benchmarks.workload import Block, closed_loop, request
 from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask, TextItem
 from schemas.jobs import RenderedClip, clip_id_of, new_job_id
 from schemas.presets import Effort
-from schemas.requests import GenerationParameters
+from schemas.requests import GenerateRequest, GenerationParameters
 from serve_graph.encode import X264_PARAMS
 from serve_graph.engine.checkpoint import GeneratorParts, load_generator_parts, load_text_parts
 from serve_graph.engine.checkpoint_folder import locate_checkpoint
@@ -38,6 +39,8 @@ from serve_graph.text_encoding import TextEncoder
 from storage.keys import clip_key
 
 Frames = npt.NDArray[np.uint8]
+Asked = Callable[[int], GenerateRequest]
+"""The request with a number; a function of a module, since it goes through a pipe."""
 
 _CPU = torch.device("cpu")
 
@@ -155,9 +158,9 @@ class BareEngine:
         self._engine.submit(EngineJob(new_job_id(), parameters, prompt, collector, collector.notify))
         return collector.outcome.result()
 
-    def clip(self, number: int) -> tuple[float, RenderedClip]:
+    def clip(self, number: int, asked: Asked = request) -> tuple[float, RenderedClip]:
         """Make one clip. Returns the seconds from its prompt to its object in the store, and what it is."""
-        return self.clip_of(self._profile.resolve(request(number)))
+        return self.clip_of(self._profile.resolve(asked(number)))
 
     def clip_of(self, parameters: GenerationParameters) -> tuple[float, RenderedClip]:
         """The same of any request."""
@@ -165,9 +168,9 @@ class BareEngine:
         rendered = self._loop.run(self._render_of(parameters))
         return time.perf_counter() - began, rendered
 
-    def block(self, first: int, num_timed: int) -> Block:
+    def block(self, first: int, num_timed: int, asked: Asked = request) -> Block:
         """A closed loop, see `workload.closed_loop`."""
-        return self._loop.run(closed_loop(self._render, first, num_timed=num_timed))
+        return self._loop.run(closed_loop(partial(self._render, asked=asked), first, num_timed=num_timed))
 
     async def _prepare(self, parameters: GenerationParameters) -> PreparedPrompt:
         items = [TextItem(text, solo=False) for text in (parameters.prompt, parameters.negative_prompt)]
@@ -175,8 +178,8 @@ class BareEngine:
         positive, negative = await loop.run_in_executor(self._text_thread, self._text_encoder.encode, items)
         return PreparedPrompt(positive, negative)
 
-    async def _render(self, number: int) -> RenderedClip:
-        return await self._render_of(self._profile.resolve(request(number)))
+    async def _render(self, number: int, asked: Asked = request) -> RenderedClip:
+        return await self._render_of(self._profile.resolve(asked(number)))
 
     async def _render_of(self, parameters: GenerationParameters) -> RenderedClip:
         job_id = new_job_id()

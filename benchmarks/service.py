@@ -113,7 +113,7 @@ def running_service(config: Path, settings: Settings, scratch: Path) -> Iterator
         finally:
             service.close()
     finally:
-        _stop(process)
+        stop_family(process, STOP_TIMEOUT_S)
 
 
 def _wait_ready(process: subprocess.Popen[bytes], log: Path) -> None:
@@ -128,11 +128,13 @@ def _wait_ready(process: subprocess.Popen[bytes], log: Path) -> None:
     raise ServiceFailed("the service did not start:\n" + log.read_text(errors="replace")[-2_000:])
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask it to stop; whoever of its family is still there afterwards is killed."""
-    process.send_signal(signal.SIGTERM)
+def stop_family(process: subprocess.Popen[bytes], timeout_s: float) -> None:
+    """Ask it to stop within so many seconds; whoever of its family is still there afterwards is killed."""
     family: set[psutil.Process] = set()
-    deadline = time.monotonic() + STOP_TIMEOUT_S
+    with suppress(psutil.NoSuchProcess):  # before it ends: later its children have no parent to be found by
+        family |= set(psutil.Process(process.pid).children(recursive=True))
+    process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + timeout_s
     while process.poll() is None and time.monotonic() < deadline:
         with suppress(psutil.NoSuchProcess):  # also those that start only now, while Ray comes up
             family |= set(psutil.Process(process.pid).children(recursive=True))

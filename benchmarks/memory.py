@@ -1,0 +1,151 @@
+"""`PYTHONPATH=tests python -m benchmarks.memory`: the service's memory over many clips, no two prompts alike."""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import mean
+
+import httpx
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from rich.progress import Progress
+from s3_servers.ministack import Ministack
+
+from benchmarks.processes import Memory, memory, roles
+from benchmarks.report import Machine, Table, machine, versions
+from benchmarks.service import Service, ServiceFailed, running_service, write_config
+from benchmarks.workload import IN_FLIGHT
+from serve_graph.settings import ENV_PREFIX
+
+CLIPS = 2_000
+MAX_GROWTH, MAX_BYTES = 1.05, 2 * 2**30
+"""Source: the goals of the issue that asked for it."""
+
+_BLOCK = 40
+_RESULTS = Path(__file__).parent / "results"
+_MIB = 2**20
+
+
+class Reading(BaseModel):
+    """After so many clips, by role; `together` is everything."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    clips: int
+    pss_bytes: dict[str, int]
+
+
+class MemoryReport(BaseModel):
+    """What was read. growth: the last quarter's mean over the second quarter's; the first one warms up."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    created_at: datetime
+    duration_s: float
+    machine: Machine
+    versions: dict[str, str]
+    readings: tuple[Reading, ...]
+    growth: float
+    peak_bytes: int
+
+    @property
+    def passed(self) -> bool:
+        return self.growth <= MAX_GROWTH and self.peak_bytes <= MAX_BYTES
+
+
+def growth(values: Sequence[float]) -> float:
+    """The mean of the last quarter over that of the second. Raises ValueError for fewer than four values."""
+    quarter = len(values) // 4
+    if not quarter:
+        raise ValueError("growth needs four values at least")
+    return mean(values[-quarter:]) / mean(values[quarter : 2 * quarter])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit code: 0, or 1 when it could not measure or, with --check, a goal was missed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
+    parser.add_argument("--clips", type=int, default=CLIPS, help="(%(default)s)")
+    parser.add_argument("--out", type=Path, default=_RESULTS, help="folder for memory.json and memory.md")
+    parser.add_argument("--check", action="store_true", help="exit with 1 when a goal is missed")
+    options = parser.parse_args(arguments)
+    for name in [name for name in os.environ if name.upper().startswith(ENV_PREFIX)]:
+        del os.environ[name]  # the defaults are measured, whatever this shell exports
+    console = Console()
+    try:
+        with tempfile.TemporaryDirectory(prefix="wan-bench-", ignore_cleanup_errors=True) as scratch:
+            report = run(options.clips, Path(scratch), console)
+    except KeyboardInterrupt:
+        console.print("interrupted; nothing was written")
+        return 130
+    except (ServiceFailed, httpx.HTTPError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "memory.json").write_text(report.model_dump_json(indent=2) + "\n")
+    (options.out / "memory.md").write_text(markdown(report))
+    console.print(table(report).rich())
+    return 1 if options.check and not report.passed else 0
+
+
+def run(clips: int, scratch: Path, console: Console) -> MemoryReport:
+    """Make clips, eight at a time, and read the memory after each block. Raises ServiceFailed."""
+    began, created_at, here = time.monotonic(), datetime.now(UTC), machine()
+    readings: list[Reading] = []
+    with Ministack(scratch / "ministack") as server:
+        os.environ |= {"WAN_S3_ACCESS_KEY": server.info.access_key, "WAN_S3_SECRET_KEY": server.info.secret_key}
+        config, settings = write_config(scratch / "service", server.info.endpoint)
+        with running_service(config, settings, scratch / "service") as service, Progress(console=console) as bar:
+            task, made = bar.add_task("clips", total=clips), 0
+            while made < clips:
+                made += service.block(made, _BLOCK).num_clips
+                readings.append(Reading(clips=made, pss_bytes=_read(service)))
+                bar.update(task, completed=made)
+    together = [reading.pss_bytes["together"] for reading in readings]
+    return MemoryReport(
+        created_at=created_at,
+        duration_s=time.monotonic() - began,
+        machine=here,
+        versions=versions(),
+        readings=tuple(readings),
+        growth=growth(together),
+        peak_bytes=max(together),
+    )
+
+
+def _read(service: Service) -> dict[str, int]:
+    by_role: dict[str, Memory] = {
+        role: memory([process.pid for process in processes]) for role, processes in roles(service.pid).items()
+    }
+    found = {role: one.pss_bytes for role, one in by_role.items()}
+    return found | {"together": sum(found.values())}
+
+
+def table(report: MemoryReport) -> Table:
+    """A tenth of the readings, in MiB."""
+    kept = report.readings[:: max(1, len(report.readings) // 10)]
+    names = list(report.readings[-1].pss_bytes)
+    rows = tuple((str(r.clips), *(f"{r.pss_bytes.get(name, 0) / _MIB:.0f}" for name in names)) for r in kept)
+    return Table("Memory (PSS, MiB) after so many clips", ("clips", *names), rows)
+
+
+def markdown(report: MemoryReport) -> str:
+    """The Markdown file's text."""
+    here = report.machine
+    verdict = "pass" if report.passed else "MISS"
+    return f"""# Benchmark: memory
+
+{report.created_at:%Y-%m-%d %H:%M} UTC, {report.duration_s:.0f} s. {here.cpu}, {here.num_cores} cores. The service with
+its defaults and ministack, {IN_FLIGHT} clips at a time, no two prompts alike. The last quarter over the second:
+{report.growth:.3f} (goal ≤ {MAX_GROWTH}); peak {report.peak_bytes / _MIB:.0f} MiB, model included (goal ≤ 2,048):
+{verdict}.
+
+{table(report).markdown()}"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

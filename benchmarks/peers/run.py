@@ -1,0 +1,357 @@
+"""`make bench-peers`: starts all contenders, lets them take turns under the same traces, and writes the report."""
+
+import argparse
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+
+import httpx
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from s3_servers.ministack import Ministack
+
+from benchmarks.child import Child, ChildFailed, child
+from benchmarks.peers.contenders import OURS, PEERS, Contender, NoClip, PeerFailed, Service, running_peer
+from benchmarks.peers.picture import write_picture
+from benchmarks.peers.races import Loop, Served, run_closed, run_kill, run_leaving, run_open
+from benchmarks.peers.report import (
+    Bare,
+    Closed,
+    Found,
+    Killed,
+    Leaving,
+    Open,
+    PeersReport,
+    best_peer,
+    goals,
+    print_peers_report,
+    write_peers_report,
+)
+from benchmarks.peers.traces import (
+    IN_FIVE,
+    LOADS,
+    STEPS,
+    Kind,
+    arrivals,
+    long_job,
+    mixed_job,
+    short_job,
+    waits,
+    with_leavers,
+)
+from benchmarks.processes import cpu_seconds
+from benchmarks.races import Numbers
+from benchmarks.report import machine, versions
+from benchmarks.service import ServiceFailed, running_service, write_config
+from benchmarks.workload import IN_FLIGHT
+from serve_graph.engine.checkpoint_folder import locate_checkpoint
+from serve_graph.settings import ENV_PREFIX, StorageSettings
+
+LEAVING_LOAD = 0.8
+_FAILED, _INTERRUPTED = 1, 130
+_PACKAGES = ("fastapi", "uvicorn", "litserve", "cog", "coglet")
+_RESULTS = Path(__file__).parents[1] / "results"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """rounds: of everything but leavers and SIGKILL. timed: clips timed in a closed loop, by its clients.
+
+    at_kill: jobs in flight then. again_s: how long a contender that lost them all may take to its next clip.
+    """
+
+    rounds: int
+    window_s: float
+    timed: dict[int, int]
+    solo: int
+    at_kill: int
+    again_s: float
+
+
+FULL = Plan(rounds=2, window_s=15.0, timed={1: 6, 4: 8, 16: 16}, solo=5, at_kill=8, again_s=15.0)
+QUICK = Plan(rounds=1, window_s=1.0, timed={1: 1, 2: 1, 3: 1}, solo=1, at_kill=2, again_s=5.0)
+
+
+@dataclass
+class Collected:
+    """One contender's samples, in the order of the rounds."""
+
+    ready_s: float = 0.0
+    first_clip_s: float = 0.0
+    closed: dict[int, list[Loop]] = field(default_factory=dict)
+    open: dict[float, list[Served]] = field(default_factory=dict)
+    leaving: tuple[int, int] = (0, 0)
+    killed: Killed | None = None
+    peak_pss_bytes: int = 0
+    num_processes: int = 0
+
+
+class Bench:
+    """One run: who is there, and what was found."""
+
+    def __init__(self, plan: Plan, bar: Progress, engine: Child) -> None:
+        self._plan = plan
+        self._bar = bar
+        self._engine = engine
+        self._numbers = Numbers()
+        self._loop = asyncio.Runner()
+        self._contenders: list[Contender] = []
+        self._service: Service | None = None
+        self.collected: dict[str, Collected] = {}
+        self.solo_pairs: list[tuple[float, float]] = []
+        self.download_s = 0.0
+        self._waiting_cpu_s = self._waiting_s = 0.0
+
+    @property
+    def waiting_service_cores(self) -> float:
+        """What the service took, on average, while others worked."""
+        return self._waiting_cpu_s / self._waiting_s if self._waiting_s else 0.0
+
+    def join(self, contender: Contender) -> None:
+        """A contender is ready: its first clip."""
+        (number,) = self._numbers.take(1)
+        began = time.perf_counter()
+        self._loop.run(contender.clip(short_job(number)))
+        first_clip_s = contender.ready_s + time.perf_counter() - began
+        self._contenders.append(contender)
+        self.collected[contender.name] = Collected(contender.ready_s, first_clip_s)
+        if isinstance(contender, Service):
+            self._service = contender
+            self.download_s = median(self._loop.run(contender.download()) for _ in range(5))
+
+    def bare(self) -> Bare:
+        """The engine alone: the yardstick for loads and for waiting times."""
+        asked = {"short": short_job, "long": long_job}
+        self._engine.call("clip", self._numbers.take(1).start, short_job)  # warm
+        made = {
+            kind: [self._engine.call("clip", n, asked[kind]) for n in self._numbers.take(self._plan.solo)]
+            for kind in STEPS
+        }
+        num_timed = IN_FIVE * (2 * self._plan.solo)
+        first = self._numbers.take(num_timed + 2 * IN_FLIGHT).start
+        return Bare(
+            solo_s={kind: median(seconds for seconds, _ in clips) for kind, clips in made.items()},
+            step_s=median(clip.timings.denoise for _, clip in made["long"]) / STEPS["long"],
+            rate=self._engine.call("block", first, num_timed, mixed_job).clips_per_s,
+        )
+
+    def races(self, bare: Bare) -> None:
+        """Everything but the start, in turns: whoever begins changes from round to round."""
+        blocks = self._plan.rounds * (len(self._plan.timed) + len(LOADS)) + 2
+        task = self._bar.add_task("taking turns", total=blocks * len(self._contenders))
+        for turn in range(self._plan.rounds):
+            for clients, num_timed in self._plan.timed.items():
+                first = self._numbers.take(num_timed + 2 * clients).start
+                for contender in self._in_turn(turn, task, f"{clients} at once"):
+                    loop = self._loop.run(run_closed(contender, first, clients, num_timed))
+                    self.collected[contender.name].closed.setdefault(clients, []).append(loop)
+                if clients == 1:
+                    self._beside_engine()
+            for load in LOADS:
+                sent = arrivals(turn, load * bare.rate, self._plan.window_s)
+                first = self._numbers.take(len(sent)).start
+                for contender in self._in_turn(turn, task, f"arrivals at {load:.0%}"):
+                    served = self._loop.run(run_open(contender, sent, first))
+                    self.collected[contender.name].open.setdefault(load, []).append(served)
+        sent = with_leavers(arrivals(self._plan.rounds, LEAVING_LOAD * bare.rate, self._plan.window_s), bare.solo_s)
+        first = self._numbers.take(len(sent) + 1).start
+        for contender in self._in_turn(0, task, "clients leave"):
+            self.collected[contender.name].leaving = self._loop.run(run_leaving(contender, sent, first))
+        *at_kill, afterwards = self._numbers.take(self._plan.at_kill + 1)
+        jobs = [long_job(number) for number in at_kill]
+        after_s = len(jobs) * bare.solo_s["long"] / 2
+        for contender in self._in_turn(0, task, "SIGKILL"):
+            killed = run_kill(contender, jobs, short_job(afterwards), after_s, self._plan.again_s)
+            self.collected[contender.name].killed = self._loop.run(killed)
+
+    def close(self) -> None:
+        """Close the clients' connections."""
+        for contender in self._contenders:
+            self._loop.run(contender.http.aclose())
+        self._loop.close()
+
+    def _in_turn(self, turn: int, task: TaskID, what: str) -> Iterator[Contender]:
+        """Each contender once. Beside it: the memory that it came to, and what the waiting service took."""
+        shift = turn % len(self._contenders)
+        for contender in self._contenders[shift:] + self._contenders[:shift]:
+            self._bar.update(task, description=f"{what}: {contender.name}")
+            with self._waiting_service(contender):
+                yield contender
+            self._remember_memory(contender)
+            self._bar.advance(task)
+
+    def _beside_engine(self) -> None:
+        """The engine's turn at one clip at a time, for the round that the contenders have just had."""
+        numbers = self._numbers.take(self._plan.timed[1] + 1)
+        engine_s = median(self._engine.call("clip", number, short_job)[0] for number in numbers)
+        self.solo_pairs.append((median(self.collected[OURS].closed[1][-1].seconds), engine_s))
+
+    @contextmanager
+    def _waiting_service(self, working: Contender) -> Iterator[None]:
+        service = self._service
+        if service is None or working is service or self.collected[OURS].killed is not None:
+            yield
+            return
+        began, before = time.perf_counter(), sum(cpu_seconds(service.pid).values())
+        yield
+        self._waiting_s += time.perf_counter() - began
+        self._waiting_cpu_s += sum(cpu_seconds(service.pid).values()) - before
+
+    def _remember_memory(self, contender: Contender) -> None:
+        found = self.collected[contender.name]
+        if found.killed is None:  # afterwards there may be nobody left
+            memory = contender.memory()
+            found.peak_pss_bytes = max(found.peak_pss_bytes, memory.pss_bytes)
+            found.num_processes = max(found.num_processes, memory.num_processes)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit code: 0, or 1 when it could not measure or, with --check, a goal was missed."""
+    options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: with everything put away
+    for name in [name for name in os.environ if name.upper().startswith(ENV_PREFIX)]:
+        del os.environ[name]  # the defaults are measured, whatever this shell exports
+    console = Console()
+    try:
+        with tempfile.TemporaryDirectory(prefix="wan-bench-", ignore_cleanup_errors=True) as scratch:
+            plan = QUICK if options.quick else replace(FULL, rounds=options.rounds, window_s=options.window)
+            report = run(plan, options.python, Path(scratch), console)
+    except KeyboardInterrupt:
+        console.print("interrupted; nothing was written")
+        return _INTERRUPTED
+    except (ChildFailed, NoClip, ServiceFailed, httpx.HTTPError) as error:
+        print(error, file=sys.stderr)
+        return _FAILED
+    write_peers_report(report, options.out, OURS)
+    write_picture(report.contenders, options.out / "peers.png")
+    print_peers_report(report, console, OURS)
+    return _FAILED if options.check and not report.passed else 0
+
+
+def run(plan: Plan, python: Path, scratch: Path, console: Console) -> PeersReport:
+    """Measure everything. python: of the environment with the peers' packages. scratch: an empty folder.
+
+    Raises ChildFailed, ServiceFailed, NoClip.
+    """
+    began, created_at, here = time.monotonic(), datetime.now(UTC), machine()
+    left_out: dict[str, str] = {}
+    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with ExitStack() as stack:
+        bar = stack.enter_context(Progress(*columns, console=console))
+        starting = bar.add_task("starting the contenders", total=2 + len(PEERS))
+        server = stack.enter_context(Ministack(scratch / "ministack"))
+        os.environ |= {"WAN_S3_ACCESS_KEY": server.info.access_key, "WAN_S3_SECRET_KEY": server.info.secret_key}
+        config, settings = write_config(scratch / "service", server.info.endpoint)
+        (scratch / "engine").mkdir()
+        storage = StorageSettings(folder=scratch / "engine" / "store")
+        engine_settings = settings.model_copy(update={"storage": storage, "data_dir": scratch / "engine"})
+        engine = stack.enter_context(child("engine", engine_settings, scratch / "engine.log"))
+        engine.answer()
+        bar.advance(starting)
+        bench = Bench(plan, bar, engine)
+        stack.callback(bench.close)
+        starts_at = time.perf_counter()
+        service = stack.enter_context(running_service(config, settings, scratch / "service"))
+        bench.join(Service(OURS, service.pid, service.base_url, time.perf_counter() - starts_at))
+        bar.advance(starting)
+        checkpoint = locate_checkpoint(settings.profile, None, None).folder
+        for name in PEERS:
+            try:
+                bench.join(stack.enter_context(running_peer(name, python, checkpoint, scratch / name)))
+            except (PeerFailed, NoClip, OSError) as error:
+                left_out[name] = str(error)
+            bar.advance(starting)
+        bare = bench.bare()
+        bench.races(bare)
+    found = {name: _found(one, bare) for name, one in bench.collected.items()}
+    best = best_peer({name: one for name, one in found.items() if name != OURS})
+    return PeersReport(
+        created_at=created_at,
+        duration_s=time.monotonic() - began,
+        quick=plan is QUICK,
+        machine=here,
+        versions=versions() | _versions_of_peers(python),
+        bare=bare,
+        contenders=found,
+        left_out=left_out,
+        best_peer=best,
+        goals=goals(found[OURS], found.get(best or ""), best or "", bench.solo_pairs),
+        waiting_service_cores=bench.waiting_service_cores,
+        download_s=bench.download_s,
+    )
+
+
+def _found(one: Collected, bare: Bare) -> Found:
+    """Sum up a contender's samples."""
+    gone, wasted = one.leaving
+    if one.killed is None:
+        raise RuntimeError("the races were not run to their end")
+    return Found(
+        ready_s=one.ready_s,
+        first_clip_s=one.first_clip_s,
+        closed=tuple(_closed(clients, loops, bare) for clients, loops in one.closed.items()),
+        open=tuple(_open(load, served, bare) for load, served in one.open.items()),
+        leaving=Leaving(clients_gone=gone, wasted_steps=wasted, wasted_step_s=wasted * bare.step_s),
+        killed=one.killed,
+        peak_pss_bytes=one.peak_pss_bytes,
+        num_processes=one.num_processes,
+    )
+
+
+def _closed(clients: int, loops: Sequence[Loop], bare: Bare) -> Closed:
+    found = waits([s for loop in loops for s in loop.seconds], bare.solo_s["short"])
+    if found is None:
+        raise RuntimeError("a closed loop made no clip")
+    return Closed(clients=clients, clips_per_min=tuple(loop.clips_per_min for loop in loops), waits=found)
+
+
+def _open(load: float, rounds: Sequence[Served], bare: Bare) -> Open:
+    failed = sum(served.failed for served in rounds)
+
+    def summed(kind: Kind) -> list[float]:
+        return [s for served in rounds for s in served.seconds[kind]]
+
+    return Open(
+        load=load,
+        short_mean_s=tuple(sum(served.seconds["short"]) / len(served.seconds["short"]) for served in rounds),
+        waits={kind: waits(summed(kind), bare.solo_s[kind], failed) for kind in STEPS},
+        failed=failed,
+    )
+
+
+def _versions_of_peers(python: Path) -> dict[str, str]:
+    script = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
+    told = subprocess.run([python, "-c", script, *_PACKAGES], capture_output=True, text=True, check=False)
+    return dict(zip(_PACKAGES, told.stdout.split(), strict=False))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers.run", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="everything, but so little of it that no figure counts")
+    parser.add_argument("--rounds", type=int, default=FULL.rounds, help="turns of each contender (%(default)s)")
+    parser.add_argument(
+        "--window", type=float, default=FULL.window_s, help="seconds in which an open trace's jobs come (%(default)s)"
+    )
+    parser.add_argument("--out", type=Path, default=_RESULTS, help="folder for peers.json, peers.md and peers.png")
+    parser.add_argument("--check", action="store_true", help="exit with 1 when a goal is missed")
+    parser.add_argument(
+        "--python",
+        type=Path,
+        default=Path(sys.prefix) / "peers" / "bin" / "python",
+        help="of the environment with the peers' packages (%(default)s)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
