@@ -4,6 +4,7 @@ Each stage goes on where it was stopped. Everything lies in the run's folder; `e
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -113,6 +114,8 @@ def export(target: Path, run: Folder = FOLDER) -> None:
     for part in ("tokenizer", "text_encoder", "vae", "scheduler", "transformer"):
         shutil.rmtree(target / part, ignore_errors=True)
     pipeline.save_pretrained(target)
+    for path in target.rglob("*.json"):  # where a part was loaded from is nobody's business
+        path.write_text(re.sub(r' *"_name_or_path": "[^"]*",\n', "", path.read_text()))
     files = [path for path in target.rglob("*") if path.is_file()]
     for path in files:
         path.chmod(0o644)  # safetensors writes 0600, which no package can be read with by others
