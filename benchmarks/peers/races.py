@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from benchmarks.peers.contenders import Contender, NoClip
 from benchmarks.peers.report import Killed
 from benchmarks.peers.traces import STEPS, Arrival, Kind, job, short_job
-from benchmarks.workload import closed_loop
 from schemas.requests import GenerateRequest
 
 _KILL_LIMIT_S = 60.0
@@ -39,27 +38,38 @@ class Served:
     gone: int
 
 
-async def run_closed(contender: Contender, first: int, clients: int, num_timed: int) -> Loop:
-    """Short jobs, each finished one replaced at once; see `workload.closed_loop`. Raises NoClip."""
-    seconds: list[float] = []
+async def run_closed(contender: Contender, numbers: Sequence[int], clients: int) -> Loop:
+    """Short jobs, each finished one replaced at once until all have been sent. Raises NoClip.
 
-    async def make(number: int) -> None:
-        began = time.perf_counter()
-        for pause_s in (*_PAUSES_S, None):
-            try:
-                await contender.clip(short_job(number))
-                break
-            except NoClip:
-                if pause_s is None:
-                    raise
-                await asyncio.sleep(pause_s)  # a client asks again, and its clip has taken that much longer
-        seconds.append(time.perf_counter() - began)
+    Timed from the first request to the last clip: between two finishes, a server that finishes batches would seem
+    faster or slower by what happens to lie between them.
+    """
+    waiting, seconds = iter(numbers), list[float]()
 
+    async def client() -> None:
+        for number in waiting:
+            sent_at = time.perf_counter()
+            await _insist(contender, number)
+            seconds.append(time.perf_counter() - sent_at)
+
+    began = time.perf_counter()
+    outcomes = await asyncio.gather(*(client() for _ in range(clients)), return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return Loop(60 * len(seconds) / (time.perf_counter() - began), seconds)
+
+
+async def _insist(contender: Contender, number: int) -> None:
+    """Ask again where there was no clip: the client's has taken that much longer."""
+    for pause_s in _PAUSES_S:
+        with suppress(NoClip):
+            return await contender.clip(short_job(number))
+        await asyncio.sleep(pause_s)
     try:
-        block = await closed_loop(make, first, num_timed=num_timed, in_flight=clients)
-    except* NoClip as failed:
-        raise NoClip(f"{contender.name}: {failed.exceptions[0]}") from failed
-    return Loop(60 * block.clips_per_s, seconds)
+        await contender.clip(short_job(number))
+    except NoClip as error:
+        raise NoClip(f"{contender.name}: {error}") from error
 
 
 async def run_open(contender: Contender, sent: Sequence[Arrival], first: int) -> Served:
@@ -107,7 +117,7 @@ async def run_kill(
 ) -> Killed:
     """All jobs at once; `after_s` seconds later the process that holds the model is killed.
 
-    afterwards: asked for again and again for `again_s` seconds where none of the jobs came to an end.
+    afterwards: one more, from then on asked for again and again for `again_s` seconds until it is there.
     """
     finished_at: list[float] = []
 
@@ -120,25 +130,25 @@ async def run_kill(
     in_flight = [task for task in asking if not task.done()]
     os.kill(contender.worker(), signal.SIGKILL)
     killed_at = time.perf_counter()
+    again = asyncio.create_task(_asked_again(contender, afterwards, again_s))
     if in_flight:
         await asyncio.wait(in_flight, timeout=_KILL_LIMIT_S)
     lost = [task for task in in_flight if not task.done() or task.exception() is not None]
     for task in lost:
         task.cancel()
     await asyncio.gather(*asking, return_exceptions=True)
-    if not any(at > killed_at for at in finished_at):
-        with suppress(TimeoutError):
-            async with asyncio.timeout(again_s):
-                finished_at.append(await _asked_again(contender, afterwards))
-    again = [at - killed_at for at in finished_at if at > killed_at]
-    return Killed(in_flight=len(in_flight), lost=len(lost), serves_again_s=min(again, default=None))
+    finished_at += await again
+    served_s = [at - killed_at for at in finished_at if at > killed_at]
+    return Killed(in_flight=len(in_flight), lost=len(lost), serves_again_s=min(served_s, default=None))
 
 
-async def _asked_again(contender: Contender, request: GenerateRequest) -> float:
-    """When the clip came."""
-    while True:
-        try:
-            await contender.clip(request)
-            return time.perf_counter()
-        except NoClip:
-            await asyncio.sleep(_AGAIN_PAUSE_S)  # it may be on its way back, which only an answer tells
+async def _asked_again(contender: Contender, request: GenerateRequest, limit_s: float) -> list[float]:
+    """When the clip came; nothing where it didn't in time."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(limit_s):
+            while True:
+                with suppress(NoClip):
+                    await contender.clip(request)
+                    return [time.perf_counter()]
+                await asyncio.sleep(_AGAIN_PAUSE_S)  # it may be on its way back, which only an answer tells
+    return []

@@ -151,7 +151,12 @@ def goals(ours: Found, best: Found | None, best_name: str, solo: Sequence[tuple[
     against = () if best is None else _against(ours, best, best_name)
     return (
         *against,
-        _at_most("jobs lost at a SIGKILL", float(ours.killed.lost), 0, "0"),
+        Goal(
+            name=f"jobs lost at a SIGKILL, of {ours.killed.in_flight}",
+            value=ours.killed.lost,
+            goal="0",
+            passed=ours.killed.lost == 0 < ours.killed.in_flight,
+        ),
         alone,
         _at_most("start to ready, s", ours.ready_s, READY_S, f"≤ {READY_S:.0f} s"),
         _at_most("memory, model included, MiB", ours.peak_pss_bytes / _MIB, MEMORY_BYTES / _MIB, "≤ 2,048 MiB"),
@@ -265,7 +270,7 @@ def table(title: str, found: Sequence[Row], ours: str) -> Table:
 def _cell(row: Row, name: str, ours: str) -> str:
     value, mine = row.values[name], row.values[ours]
     if value is None:
-        return "never"
+        return "none in time"
     text = f"{value:.{row.decimals}f}"
     return text if name == ours or not mine else f"{text} ({value / mine:.2f})"
 

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import itertools
 import os
 import signal
 import subprocess
@@ -65,21 +66,21 @@ _RESULTS = Path(__file__).parents[1] / "results"
 
 @dataclass(frozen=True)
 class Plan:
-    """rounds: of everything but leavers and SIGKILL. timed: clips timed in a closed loop, by its clients.
+    """rounds: of everything but leavers and SIGKILL. clips: of a closed loop, by its clients.
 
-    at_kill: jobs in flight then. again_s: how long a contender that lost them all may take to its next clip.
+    at_kill: jobs in flight then. again_s: how long a contender may take to its next clip.
     """
 
     rounds: int
     window_s: float
-    timed: dict[int, int]
+    clips: dict[int, int]
     solo: int
     at_kill: int
     again_s: float
 
 
-FULL = Plan(rounds=2, window_s=15.0, timed={1: 6, 4: 8, 16: 16}, solo=5, at_kill=8, again_s=15.0)
-QUICK = Plan(rounds=1, window_s=1.0, timed={1: 1, 2: 1, 3: 1}, solo=1, at_kill=2, again_s=5.0)
+FULL = Plan(rounds=2, window_s=15.0, clips={1: 7, 4: 16, 16: 48}, solo=5, at_kill=8, again_s=30.0)
+QUICK = Plan(rounds=1, window_s=1.0, clips={1: 2, 2: 4, 3: 6}, solo=1, at_kill=2, again_s=20.0)
 
 
 @dataclass
@@ -147,13 +148,13 @@ class Bench:
 
     def races(self, bare: Bare) -> None:
         """Everything but the start, in turns: whoever begins changes from round to round."""
-        blocks = self._plan.rounds * (len(self._plan.timed) + len(LOADS)) + 2
+        blocks = self._plan.rounds * (len(self._plan.clips) + len(LOADS)) + 2
         task = self._bar.add_task("taking turns", total=blocks * len(self._contenders))
         for turn in range(self._plan.rounds):
-            for clients, num_timed in self._plan.timed.items():
-                first = self._numbers.take(num_timed + 2 * clients).start
+            for clients, clips in self._plan.clips.items():
+                numbers = self._numbers.take(clips)
                 for contender in self._in_turn(turn, task, f"{clients} at once"):
-                    loop = self._loop.run(run_closed(contender, first, clients, num_timed))
+                    loop = self._loop.run(run_closed(contender, numbers, clients))
                     self.collected[contender.name].closed.setdefault(clients, []).append(loop)
                 if clients == 1:
                     self._beside_engine()
@@ -169,8 +170,10 @@ class Bench:
             self.collected[contender.name].leaving = self._loop.run(run_leaving(contender, sent, first))
         *at_kill, afterwards = self._numbers.take(self._plan.at_kill + 1)
         jobs = [long_job(number) for number in at_kill]
-        after_s = len(jobs) * bare.solo_s["long"] / 2
         for contender in self._in_turn(0, task, "SIGKILL"):
+            rounds = itertools.chain.from_iterable(self.collected[contender.name].open.values())
+            fastest_s = min([bare.solo_s["long"], *(s for served in rounds for s in served.seconds["long"])])
+            after_s = len(jobs) * fastest_s / 2  # not later, since some must be in flight then
             killed = run_kill(contender, jobs, short_job(afterwards), after_s, self._plan.again_s)
             self.collected[contender.name].killed = self._loop.run(killed)
 
@@ -192,7 +195,7 @@ class Bench:
 
     def _beside_engine(self) -> None:
         """The engine's turn at one clip at a time, for the round that the contenders have just had."""
-        numbers = self._numbers.take(self._plan.timed[1] + 1)
+        numbers = self._numbers.take(self._plan.clips[1])
         engine_s = median(self._engine.call("clip", number, short_job)[0] for number in numbers)
         self.solo_pairs.append((median(self.collected[OURS].closed[1][-1].seconds), engine_s))
 

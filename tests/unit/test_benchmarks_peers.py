@@ -175,7 +175,8 @@ def test_all_goals_are_met_by_a_better_service() -> None:
             make_ours(leaving=Leaving(clients_gone=3, wasted_steps=9, wasted_step_s=0.2)),
             "wasted step-seconds / LitServe",
         ),
-        (make_ours(killed=Killed(in_flight=8, lost=1, serves_again_s=9.0)), "jobs lost at a SIGKILL"),
+        (make_ours(killed=Killed(in_flight=8, lost=1, serves_again_s=9.0)), "jobs lost at a SIGKILL, of 8"),
+        (make_ours(killed=Killed(in_flight=0, lost=0, serves_again_s=9.0)), "jobs lost at a SIGKILL, of 0"),
         (make_ours(ready_s=25.1), "start to ready, s"),
         (make_ours(peak_pss_bytes=2_049 * 2**20), "memory, model included, MiB"),
     ],
@@ -237,7 +238,7 @@ def test_report_is_written_as_json_that_reads_back_and_as_even_tables(tmp_path: 
     assert PeersReport.model_validate_json((tmp_path / "peers.json").read_text()) == report
     assert text == markdown(report, OURS)
     assert "| 16 clients: clips | per min | 120.0 | 90.0 (0.75) | 100.0 (0.83) |" in text
-    assert "| SIGKILL to the next clip | s | 9.0 | never | never |" in text
+    assert "| SIGKILL to the next clip | s | 9.0 | none in time | none in time |" in text
     assert "| clips per minute, 16 clients / LitServe | 1.200 | ≥ 1.00 | pass |" in text
     assert "- cog is left out: it did not start" in text
     for table in text.split("\n\n"):
