@@ -16,9 +16,11 @@ from rich.console import Console
 from rich.progress import Progress
 from s3_servers.ministack import Ministack
 
+from benchmarks.machine import Machine, machine
 from benchmarks.processes import Memory, memory, roles
-from benchmarks.report import Machine, Table, machine, versions
+from benchmarks.report import versions
 from benchmarks.service import Service, ServiceFailed, running_service, write_config
+from benchmarks.tables import Table
 from benchmarks.workload import IN_FLIGHT
 from serve_graph.settings import ENV_PREFIX
 

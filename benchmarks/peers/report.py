@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from benchmarks.figures import ratios
+from benchmarks.machine import Machine
 from benchmarks.peers.traces import LOADS, STEPS, WITHIN, Kind, Waits
-from benchmarks.report import Machine, Table
+from benchmarks.tables import Table
 
 RATE_RATIO, SHORT_RATIO, WASTE_RATIO = 1.0, 0.5, 0.05
 SOLO_FACTOR, SOLO_EXTRA_S = 1.10, 0.050

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from s3_servers.ministack import Ministack
 
 from benchmarks.child import Child, ChildFailed, child
+from benchmarks.machine import machine
 from benchmarks.peers.contenders import OURS, PEERS, Contender, NoClip, PeerFailed, Service, running_peer
 from benchmarks.peers.picture import write_picture
 from benchmarks.peers.races import Loop, Served, run_closed, run_kill, run_leaving, run_open
@@ -52,7 +53,7 @@ from benchmarks.peers.traces import (
 )
 from benchmarks.processes import cpu_seconds
 from benchmarks.races import Numbers
-from benchmarks.report import machine, versions
+from benchmarks.report import versions
 from benchmarks.service import ServiceFailed, running_service, write_config
 from benchmarks.workload import IN_FLIGHT
 from serve_graph.engine.checkpoint_folder import locate_checkpoint

@@ -142,11 +142,16 @@ def test_hung_device_thread_is_noticed_and_its_process_replaced(tmp_path: Path, 
         before = service.replica("Generator")
         began = time.monotonic()
         with service.client() as http:
-            job = http.post("/generate", json=SLOW_STEPS, headers={"Prefer": "respond-async"}).json()
+            jobs = {  # work for longer than Serve takes to notice
+                http.post("/generate", json=SLOW_STEPS, headers={"Prefer": "respond-async"}).json()["job_id"]
+                for _ in range(8)
+            }
             retried = service.wait_log("job_retried")
             tell("faults", f"hung device thread: attempt begun anew after {time.monotonic() - began:.1f} s")
-            assert (retried["job_id"], retried["error"]) == (job["job_id"], "worker-lost")
+            assert retried["job_id"] in jobs
+            assert retried["error"] == "worker-lost"
             assert psutil.wait_procs([before], timeout=10)[1] == []
-            assert http.post(f"/jobs/{job['job_id']}/cancel").status_code in (200, 202)
+            for job_id in jobs:
+                assert http.post(f"/jobs/{job_id}/cancel").status_code in (200, 202, 409)
     finally:
         service.stop()
