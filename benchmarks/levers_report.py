@@ -148,6 +148,7 @@ def _variants(report: LeversReport) -> Table:
             "" if v.latents_error is None else f"{v.latents_error:.2g}",
             "same" if v.psnr_db is None else f"{v.psnr_db:.1f}",
             f"{v.ssim:.4f}",
+            f"{v.adherence.all:.2f}",
         )
         for v in report.variants
     )
@@ -162,15 +163,16 @@ def _variants(report: LeversReport) -> Table:
         "latents",
         "PSNR dB",
         "SSIM",
+        "all four right",
     )
-    return Table("Speed, and likeness to `exact`", header, rows)
+    return Table("Speed, likeness to `exact`, and adherence", header, rows)
 
 
 def _adherence(report: LeversReport) -> Table:
     rows = tuple(
         (v.name, *(f"{getattr(v.adherence, name):.2f}" for name in (*ATTRIBUTES, "all"))) for v in report.variants
     )
-    return Table(f"Adherence, {report.prompts} prompts", ("variant", *ATTRIBUTES, "all"), rows)
+    return Table(f"Adherence by attribute, {report.prompts} prompts", ("variant", *ATTRIBUTES, "all"), rows)
 
 
 def _block(block: BlockReport) -> Table:
