@@ -54,7 +54,7 @@ class Stock:
         self._settings = settings
         checkpoint = locate_checkpoint(settings.profile, None, None).folder
         self._folder = settings.data_dir / "stock"
-        self._folder.mkdir()
+        self._folder.mkdir(parents=True)
         self._pipeline = WanPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32, disable_mmap=True)
         self._pipeline.set_progress_bar_config(disable=True)
         flow_shift = settings.profile.defaults.flow_shift
