@@ -4,21 +4,16 @@ from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from benchmarks.figures import Spread
 from benchmarks.machine import Machine
-from benchmarks.tables import Table
+from benchmarks.tables import Part, Table
 
 _GIB = 2**30
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Card(_Part):
+class Card(Part):
     """The GPU. flops: its dense bfloat16 peak per second; None for a card that `benchmarks.gpu` has none of."""
 
     name: str
@@ -27,7 +22,7 @@ class Card(_Part):
     flops: float | None
 
 
-class Held(_Part):
+class Held(Part):
     """Bytes that torch held on the card: before a row, the most within it, and what it had of the card then."""
 
     before: int
@@ -35,7 +30,7 @@ class Held(_Part):
     reserved: int
 
 
-class StepRow(_Part):
+class StepRow(Part):
     """One way to denoise, at one size of one model.
 
     steps, guided_steps: of a whole clip. guided_s: seconds of a step with guidance; alone_s: of one without, where the
@@ -60,7 +55,7 @@ class StepRow(_Part):
     failed: str | None = None
 
 
-class StageRow(_Part):
+class StageRow(Part):
     """One way through another stage: text encoder, decode or mp4. of_floor: its floor over its seconds."""
 
     stage: str
@@ -72,7 +67,7 @@ class StageRow(_Part):
     failed: str | None = None
 
 
-class ClipRow(_Part):
+class ClipRow(Part):
     """A whole clip's seconds from its stages; each is measured, or for the steps extrapolated. decode: the variant."""
 
     model: str
@@ -90,7 +85,7 @@ class ClipRow(_Part):
         return self.text_s + self.denoise_s + self.decode_s
 
 
-class Assumption(_Part):
+class Assumption(Part):
     """One of `serve_graph.plan`'s figures beside what was measured. unit: `GiB`, or empty for a share."""
 
     name: str
@@ -100,7 +95,7 @@ class Assumption(_Part):
     unit: str = ""
 
 
-class GpuReport(_Part):
+class GpuReport(Part):
     """Everything that a run found out. try_out: on the CPU, of a tiny architecture; its figures say nothing.
 
     context_bytes: of the card that were taken and not torch's. missing: rows that the budget had no time for.

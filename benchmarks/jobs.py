@@ -4,7 +4,6 @@ import argparse
 import asyncio
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
@@ -17,19 +16,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from s3_servers.ministack import Ministack
 
 from benchmarks import pages, trace
+from benchmarks.command import RESULTS, run_command
 from benchmarks.figures import Comparison, Measure, at_most, keeps_rate, spread
 from benchmarks.machine import machine
 from benchmarks.report import JobsReport, print_jobs_report, versions, write_jobs_report
 from benchmarks.service import Service, ServiceFailed, running_service, write_config
 from benchmarks.workload import request
 from serve_graph.engine.checkpoint_folder import SHIPPED
-from serve_graph.settings import ENV_PREFIX
 
 BATCH = 2_000
 SINGLES = 100
 ROUNDS = 3
 TRACES = 3
-_RESULTS = Path(__file__).parent / "results"
 
 
 class _Acceptance:
@@ -77,24 +75,15 @@ class _Acceptance:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 1 when it could not measure or, with --check, a goal was missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.jobs", description=__doc__)
-    parser.add_argument("--out", type=Path, default=_RESULTS, help="folder for jobs.json and jobs.md")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for jobs.json and jobs.md")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a goal is missed")
     options = parser.parse_args(arguments)
-    for name in [name for name in os.environ if name.upper().startswith(ENV_PREFIX)]:
-        del os.environ[name]
-    console = Console()
-    try:
-        with tempfile.TemporaryDirectory(prefix="wan-bench-", ignore_cleanup_errors=True) as scratch:
-            report = run(Path(scratch), console)
-    except KeyboardInterrupt:
-        console.print("interrupted; nothing was written")
-        return 130
-    except (ServiceFailed, httpx.HTTPError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    write_jobs_report(report, options.out)
-    print_jobs_report(report, console)
-    return 1 if options.check and not report.passed else 0
+
+    def tell(report: JobsReport, console: Console) -> None:
+        write_jobs_report(report, options.out)
+        print_jobs_report(report, console)
+
+    return run_command(run, tell, failures=(ServiceFailed, httpx.HTTPError), check=options.check)
 
 
 def run(scratch: Path, console: Console) -> JobsReport:

@@ -5,9 +5,7 @@ same held-out prompts, and their latents and frames are held against those of `e
 """
 
 import argparse
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.block import PROMPT_TOKENS, TEXT_TOKENS, TOKENS_PER_LATENT_FRAME, block_times, ratios_to_none
+from benchmarks.command import RESULTS, run_command
 from benchmarks.contenders import BareEngine, Outcome, Stock
 from benchmarks.figures import at_most, ratios, spread
 from benchmarks.levers_report import BlockReport, LeversReport, Variant, print_levers_report, write_levers_report
@@ -33,13 +32,11 @@ from schemas.requests import GenerateRequest, GenerationParameters
 from serve_graph.adherence import Answer, Question, held_out_questions, report
 from serve_graph.engine.checkpoint import GeneratorParts
 from serve_graph.engine.tuning import tune
-from serve_graph.settings import ENV_PREFIX, Settings, StorageSettings
+from serve_graph.settings import Settings, StorageSettings
 from serve_graph.tiny_wan.measure import measure
 
 GOALS = {"exact": 0.75, "balanced": 0.5, "fast": 0.35}
 """Of stock's seconds. Source: the issue that asked for the presets."""
-
-_RESULTS = Path(__file__).parent / "results"
 
 
 def _fused(parts: GeneratorParts) -> None:
@@ -184,18 +181,12 @@ class _Race:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 1 when, with --check, a goal was missed."""
     options = _parser().parse_args(arguments)
-    for name in [name for name in os.environ if name.upper().startswith(ENV_PREFIX)]:
-        del os.environ[name]
-    console = Console()
-    try:
-        with tempfile.TemporaryDirectory(prefix="wan-bench-", ignore_cleanup_errors=True) as scratch:
-            found = run(options, Path(scratch), console)
-    except KeyboardInterrupt:
-        console.print("interrupted; nothing was written")
-        return 130
-    write_levers_report(found, options.out)
-    print_levers_report(found, console)
-    return 1 if options.check and not found.passed else 0
+
+    def tell(report: LeversReport, console: Console) -> None:
+        write_levers_report(report, options.out)
+        print_levers_report(report, console)
+
+    return run_command(lambda scratch, console: run(options, scratch, console), tell, check=options.check)
 
 
 def run(options: argparse.Namespace, scratch: Path, console: Console) -> LeversReport:
@@ -281,7 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="regional compilation, too: takes a minute to compile")
     parser.add_argument("--block-frames", type=int, default=2, help="latent frames of the block at size (%(default)s)")
     parser.add_argument("--block-rounds", type=int, default=5, help="timed rounds of it (%(default)s)")
-    parser.add_argument("--out", type=Path, default=_RESULTS, help="folder for levers.json and levers.md")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for levers.json and levers.md")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a goal is missed")
     return parser
 

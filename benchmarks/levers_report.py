@@ -3,23 +3,18 @@
 from datetime import datetime
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from benchmarks.figures import Comparison, Spread
 from benchmarks.machine import Machine
-from benchmarks.tables import Table
+from benchmarks.tables import Part, Table
 from schemas.presets import Effort, Levers, Preset, PresetName
 from schemas.requests import GenerationParameters
 from serve_graph.adherence import ATTRIBUTES, Rates
 from serve_graph.settings import EncodeSettings
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Variant(_Part):
+class Variant(Part):
     """One way to make the clips. Compared with `exact`'s clips of the same prompts and seeds, mean of all prompts.
 
     ratio_to_stock, cpu_ratio_to_stock: of clips made side by side, by the clock and in CPU seconds of all threads.
@@ -40,7 +35,7 @@ class Variant(_Part):
     adherence: Rates
 
 
-class BlockReport(_Part):
+class BlockReport(Part):
     """A guided step's part in one block of the 1.3B model's width. ratios: to the block without levers."""
 
     tokens: int
@@ -50,7 +45,7 @@ class BlockReport(_Part):
     ratios: dict[str, float]
 
 
-class LeversReport(_Part):
+class LeversReport(Part):
     """Everything that a run found out."""
 
     created_at: datetime

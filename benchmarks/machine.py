@@ -5,13 +5,12 @@ import platform
 from pathlib import Path
 
 import psutil
-from pydantic import BaseModel, ConfigDict
+
+from benchmarks.tables import Part
 
 
-class Machine(BaseModel):
+class Machine(Part):
     """Where it was measured; nothing that names the machine. load: the mean of the last minute before the run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     cpu: str
     num_cores: int

@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -16,20 +15,19 @@ from rich.console import Console
 from rich.progress import Progress
 from s3_servers.ministack import Ministack
 
+from benchmarks.command import RESULTS, run_command
 from benchmarks.machine import Machine, machine
 from benchmarks.processes import Memory, memory, roles
 from benchmarks.report import versions
 from benchmarks.service import Service, ServiceFailed, running_service, write_config
 from benchmarks.tables import Table
 from benchmarks.workload import IN_FLIGHT
-from serve_graph.settings import ENV_PREFIX
 
 CLIPS = 2_000
 MAX_GROWTH, MAX_BYTES = 1.05, 2 * 2**30
 """Source: the goals of the issue that asked for it."""
 
 _BLOCK = 40
-_RESULTS = Path(__file__).parent / "results"
 _MIB = 2**20
 
 
@@ -72,26 +70,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 1 when it could not measure or, with --check, a goal was missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     parser.add_argument("--clips", type=int, default=CLIPS, help="(%(default)s)")
-    parser.add_argument("--out", type=Path, default=_RESULTS, help="folder for memory.json and memory.md")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for memory.json and memory.md")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a goal is missed")
     options = parser.parse_args(arguments)
-    for name in [name for name in os.environ if name.upper().startswith(ENV_PREFIX)]:
-        del os.environ[name]  # the defaults are measured, whatever this shell exports
-    console = Console()
-    try:
-        with tempfile.TemporaryDirectory(prefix="wan-bench-", ignore_cleanup_errors=True) as scratch:
-            report = run(options.clips, Path(scratch), console)
-    except KeyboardInterrupt:
-        console.print("interrupted; nothing was written")
-        return 130
-    except (ServiceFailed, httpx.HTTPError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "memory.json").write_text(report.model_dump_json(indent=2) + "\n")
-    (options.out / "memory.md").write_text(markdown(report))
-    console.print(table(report).rich())
-    return 1 if options.check and not report.passed else 0
+
+    def tell(report: MemoryReport, console: Console) -> None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "memory.json").write_text(report.model_dump_json(indent=2) + "\n")
+        (options.out / "memory.md").write_text(markdown(report))
+        console.print(table(report).rich())
+
+    return run_command(
+        lambda scratch, console: run(options.clips, scratch, console),
+        tell,
+        failures=(ServiceFailed, httpx.HTTPError),
+        check=options.check,
+    )
 
 
 def run(clips: int, scratch: Path, console: Console) -> MemoryReport:

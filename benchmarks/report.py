@@ -8,13 +8,12 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
-from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from benchmarks.figures import Comparison, Measure, Spread, Unit
 from benchmarks.machine import Machine
 from benchmarks.processes import Memory
-from benchmarks.tables import Table
+from benchmarks.tables import Part, Table
 from schemas.clips import Timings
 from schemas.requests import GenerationParameters
 from serve_graph.settings import EncodeSettings, EngineSettings, TextSettings
@@ -37,11 +36,7 @@ _PACKAGES = ("wan-serve", "torch", "diffusers", "transformers", "ray", "av", "nu
 _MIB = 2**20
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Asked(_Part):
+class Asked(Part):
     """What each clip was, and what made it. Only the prompt and the seed differ from clip to clip."""
 
     model: str
@@ -53,7 +48,7 @@ class Asked(_Part):
     rounds: int
 
 
-class Agreement(_Part):
+class Agreement(Part):
     """That all contenders make the same clip.
 
     mean_abs_difference: between stock's and the engine's frames of one request, in 8-bit levels.
@@ -65,7 +60,7 @@ class Agreement(_Part):
     service_sha256_equals_engine: bool
 
 
-class Report(_Part):
+class Report(Part):
     """Everything that a run found out."""
 
     created_at: datetime
@@ -96,7 +91,7 @@ def median_timings(clips: Iterable[Timings]) -> Timings:
     return Timings(**{name: median(clip[name] for clip in dumped) for name in Timings.model_fields})
 
 
-class JobsReport(_Part):
+class JobsReport(Part):
     """What `benchmarks.jobs` found."""
 
     created_at: datetime

@@ -2,9 +2,7 @@
 
 import argparse
 import os
-import signal
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from s3_servers.ministack import Ministack
 
 from benchmarks.child import ChildFailed, child
+from benchmarks.command import RESULTS, run_command
 from benchmarks.figures import Comparison, Measure, keeps_rate, no_slower, spread, within_overhead
 from benchmarks.machine import machine
 from benchmarks.races import BesideService, Findings, NotComparable, Plan, Races
@@ -32,35 +31,27 @@ from benchmarks.report import (
 )
 from benchmarks.service import ServiceFailed, running_service, write_config
 from benchmarks.workload import IN_FLIGHT, request
-from serve_graph.settings import ENV_PREFIX, Settings, StorageSettings
+from serve_graph.settings import Settings, StorageSettings
 from serve_graph.stores import open_signed_store, prepare_store
 
 OVERHEAD_FACTOR, OVERHEAD_S, RATE_SHARE = 1.15, 0.060, 0.85
 """Source: the goals of `make bench` in the issue that asked for it."""
 
-_FAILED, _INTERRUPTED = 1, 130
-_RESULTS = Path(__file__).parent / "results"
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 1 when it could not measure or, with --check, a goal was missed."""
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: with everything put away
-    for name in [name for name in os.environ if name.upper().startswith(ENV_PREFIX)]:
-        del os.environ[name]  # the defaults are measured, whatever this shell exports
-    console = Console()
-    try:
-        with tempfile.TemporaryDirectory(prefix="wan-bench-", ignore_cleanup_errors=True) as scratch:
-            report = run(Plan(options.clips, options.rounds), Path(scratch), console)
-    except KeyboardInterrupt:
-        console.print("interrupted; nothing was written")
-        return _INTERRUPTED
-    except (ChildFailed, NotComparable, ServiceFailed) as error:
-        print(error, file=sys.stderr)
-        return _FAILED
-    write_report(report, options.out)
-    print_report(report, console)
-    return _FAILED if options.check and not report.passed else 0
+
+    def tell(report: Report, console: Console) -> None:
+        write_report(report, options.out)
+        print_report(report, console)
+
+    return run_command(
+        lambda scratch, console: run(Plan(options.clips, options.rounds), scratch, console),
+        tell,
+        failures=(ChildFailed, NotComparable, ServiceFailed),
+        check=options.check,
+    )
 
 
 def run(plan: Plan, scratch: Path, console: Console) -> Report:
@@ -200,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
         default=8,
         help=f"blocks of each contender, one at a time and with {IN_FLIGHT} in flight (%(default)s)",
     )
-    parser.add_argument("--out", type=Path, default=_RESULTS, help="folder for bench.json and bench.md")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for bench.json and bench.md")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a goal is missed")
     return parser
 

@@ -1,8 +1,15 @@
-"""Tables of text, for the terminal and for Markdown files. Knows nothing of what is in them."""
+"""What reports are made of: parts, for JSON, and tables of text, for the terminal and for Markdown files."""
 
 from dataclasses import dataclass
 
+from pydantic import BaseModel, ConfigDict
 from rich.table import Table as RichTable
+
+
+class Part(BaseModel):
+    """A part of a report."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 @dataclass(frozen=True)

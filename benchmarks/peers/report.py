@@ -6,13 +6,12 @@ from pathlib import Path
 from statistics import median
 from typing import Protocol
 
-from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from benchmarks.figures import ratios
 from benchmarks.machine import Machine
 from benchmarks.peers.traces import LOADS, STEPS, WITHIN, Kind, Waits
-from benchmarks.tables import Table
+from benchmarks.tables import Part, Table
 
 RATE_RATIO, SHORT_RATIO, WASTE_RATIO = 1.0, 0.5, 0.05
 SOLO_FACTOR, SOLO_EXTRA_S = 1.10, 0.050
@@ -27,11 +26,7 @@ _NOT_A_RACE = ("jobs in flight at the SIGKILL",)
 """Rows that say what was done, where more or less is no merit."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Closed(_Part):
+class Closed(Part):
     """A closed loop of so many clients, all rounds. clips_per_min: of each round."""
 
     clients: int
@@ -39,7 +34,7 @@ class Closed(_Part):
     waits: Waits
 
 
-class Open(_Part):
+class Open(Part):
     """Open arrivals at a share of the bare engine's rate, all rounds. short_mean_s: of each round."""
 
     load: float
@@ -48,7 +43,7 @@ class Open(_Part):
     failed: int
 
 
-class Leaving(_Part):
+class Leaving(Part):
     """One client in five went away. wasted_step_s: what was run for them afterwards, at the bare engine's pace."""
 
     clients_gone: int
@@ -56,7 +51,7 @@ class Leaving(_Part):
     wasted_step_s: float
 
 
-class Killed(_Part):
+class Killed(Part):
     """The process with the model got a SIGKILL. serves_again_s: until the next clip; None: not within the limit."""
 
     in_flight: int
@@ -64,7 +59,7 @@ class Killed(_Part):
     serves_again_s: float | None
 
 
-class Found(_Part):
+class Found(Part):
     """Everything about one contender."""
 
     ready_s: float
@@ -85,7 +80,7 @@ class Found(_Part):
         return next(found for found in self.open if found.load == load)
 
 
-class Bare(_Part):
+class Bare(Part):
     """The engine without a service. solo_s: one clip at a time; rate: clips per second of the mix, eight in flight."""
 
     solo_s: dict[Kind, float]
@@ -93,7 +88,7 @@ class Bare(_Part):
     rate: float
 
 
-class Goal(_Part):
+class Goal(Part):
     """Something that was aimed at. value: what was found."""
 
     name: str
@@ -102,7 +97,7 @@ class Goal(_Part):
     passed: bool
 
 
-class PeersReport(_Part):
+class PeersReport(Part):
     """What `make bench-peers` found. left_out: peers that could not be run, and why."""
 
     created_at: datetime
@@ -123,7 +118,7 @@ class PeersReport(_Part):
         return all(goal.passed for goal in self.goals)
 
 
-class Row(_Part):
+class Row(Part):
     """One figure of each contender. higher_is_better tells who is ahead."""
 
     name: str

@@ -4,10 +4,8 @@ import argparse
 import asyncio
 import itertools
 import os
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from s3_servers.ministack import Ministack
 
 from benchmarks.child import Child, ChildFailed, child
+from benchmarks.command import RESULTS, run_command
 from benchmarks.machine import machine
 from benchmarks.peers.contenders import OURS, PEERS, Contender, NoClip, PeerFailed, Service, running_peer
 from benchmarks.peers.picture import write_picture
@@ -57,12 +56,10 @@ from benchmarks.report import versions
 from benchmarks.service import ServiceFailed, running_service, write_config
 from benchmarks.workload import IN_FLIGHT
 from serve_graph.engine.checkpoint_folder import locate_checkpoint
-from serve_graph.settings import ENV_PREFIX, StorageSettings
+from serve_graph.settings import StorageSettings
 
 LEAVING_LOAD = 0.8
-_FAILED, _INTERRUPTED = 1, 130
 _PACKAGES = ("fastapi", "uvicorn", "litserve", "cog", "coglet")
-_RESULTS = Path(__file__).parents[1] / "results"
 
 
 @dataclass(frozen=True)
@@ -222,24 +219,19 @@ class Bench:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 1 when it could not measure or, with --check, a goal was missed."""
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: with everything put away
-    for name in [name for name in os.environ if name.upper().startswith(ENV_PREFIX)]:
-        del os.environ[name]  # the defaults are measured, whatever this shell exports
-    console = Console()
-    try:
-        with tempfile.TemporaryDirectory(prefix="wan-bench-", ignore_cleanup_errors=True) as scratch:
-            plan = QUICK if options.quick else replace(FULL, rounds=options.rounds, window_s=options.window)
-            report = run(plan, options.python, Path(scratch), console)
-    except KeyboardInterrupt:
-        console.print("interrupted; nothing was written")
-        return _INTERRUPTED
-    except (ChildFailed, NoClip, ServiceFailed, httpx.HTTPError) as error:
-        print(error, file=sys.stderr)
-        return _FAILED
-    write_peers_report(report, options.out, OURS)
-    write_picture(report.contenders, options.out / "peers.png")
-    print_peers_report(report, console, OURS)
-    return _FAILED if options.check and not report.passed else 0
+    plan = QUICK if options.quick else replace(FULL, rounds=options.rounds, window_s=options.window)
+
+    def tell(report: PeersReport, console: Console) -> None:
+        write_peers_report(report, options.out, OURS)
+        write_picture(report.contenders, options.out / "peers.png")
+        print_peers_report(report, console, OURS)
+
+    return run_command(
+        lambda scratch, console: run(plan, options.python, scratch, console),
+        tell,
+        failures=(ChildFailed, NoClip, ServiceFailed, httpx.HTTPError),
+        check=options.check,
+    )
 
 
 def run(plan: Plan, python: Path, scratch: Path, console: Console) -> PeersReport:
@@ -346,7 +338,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--window", type=float, default=FULL.window_s, help="seconds in which an open trace's jobs come (%(default)s)"
     )
-    parser.add_argument("--out", type=Path, default=_RESULTS, help="folder for peers.json, peers.md and peers.png")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for peers.json, peers.md and peers.png")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a goal is missed")
     parser.add_argument(
         "--python",

@@ -10,8 +10,7 @@ from math import ceil
 from statistics import mean
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
+from benchmarks.tables import Part
 from benchmarks.workload import request
 from schemas.requests import GenerateRequest
 
@@ -86,10 +85,8 @@ def _kinds(dice: random.Random) -> Iterator[Kind]:
         yield from ("long" if place == place_of_long else "short" for place in range(IN_FIVE))
 
 
-class Waits(BaseModel):
+class Waits(Part):
     """How long the clips of one kind took, in seconds. within: the share served within `WITHIN` solo times."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     count: int
     mean: float

@@ -9,7 +9,18 @@ from schemas.health import GpuHealth
 from schemas.official_profiles import PROFILES, WAN_1_3B, WAN_14B
 from schemas.requests import GenerateRequest
 from serve_graph.on_modal.commands import FLOORS_480P_S
-from serve_graph.plan import CONTEXT_BYTES, EFFICIENCY, GPUS, SLACK, ModelPlan, Placement, card_named, plan_of, rows
+from serve_graph.plan import (
+    CONTEXT_BYTES,
+    EFFICIENCY,
+    GPUS,
+    SLACK,
+    Clip,
+    ModelPlan,
+    Placement,
+    card_named,
+    plan_of,
+    rows,
+)
 from serve_graph.service_plan import ServicePlan, check_start, placement_of
 from serve_graph.settings import EngineSettings, ModelSettings, Settings
 
@@ -23,7 +34,7 @@ def plan(name: str = WAN_1_3B.name, placement: Placement = Placement()) -> Model
     return made
 
 
-def default_clip(planned: ModelPlan, size: int = 0):  # type: ignore[no-untyped-def]  # a Clip
+def default_clip(planned: ModelPlan, size: int = 0) -> Clip:
     return planned.clip(planned.profile.resolutions[size], planned.profile.max_num_frames)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,19 +17,6 @@ from serve_graph.engine.denoise import Denoising, denoise_step, initial_latents,
 TEXT_LENGTH = RANDOM_WAN.max_sequence_length
 
 MakeDenoising = Callable[..., Denoising]
-
-
-@pytest.fixture
-def make_denoising(
-    generator_parts: GeneratorParts,
-    make_parameters: Callable[..., GenerationParameters],
-    prepare: Callable[[GenerationParameters], PreparedPrompt],
-) -> MakeDenoising:
-    def make(**changes: Any) -> Denoising:
-        parameters = make_parameters(**changes)
-        return Denoising(generator_parts, parameters, prepare(parameters), TEXT_LENGTH)
-
-    return make
 
 
 def test_initial_latents_are_the_seeds_noise_drawn_on_the_cpu(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,16 +40,9 @@ MakeDenoising = Callable[..., Denoising]
 
 
 @pytest.fixture
-def make_denoising(
-    generator_parts: GeneratorParts,
-    make_parameters: Callable[..., GenerationParameters],
-    prepare: Callable[[GenerationParameters], PreparedPrompt],
-) -> MakeDenoising:
-    def make(levers: Levers = NO_LEVERS, **changes: Any) -> Denoising:
-        parameters = make_parameters(levers=levers, **{"num_inference_steps": 8, **changes})
-        return Denoising(generator_parts, parameters, prepare(parameters), TEXT_LENGTH)
-
-    return make
+def make_denoising(make_denoising: MakeDenoising) -> MakeDenoising:
+    """With steps enough for intervals and caches."""
+    return partial(make_denoising, num_inference_steps=8)
 
 
 @pytest.fixture

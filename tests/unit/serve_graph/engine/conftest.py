@@ -1,0 +1,28 @@
+"""What several of the engine's tests make."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from random_wan import RANDOM_WAN
+
+from schemas.handoff import PreparedPrompt
+from schemas.presets import NO_LEVERS, Levers
+from schemas.requests import GenerationParameters
+from serve_graph.engine.checkpoint import GeneratorParts
+from serve_graph.engine.denoise import Denoising
+
+
+@pytest.fixture
+def make_denoising(
+    generator_parts: GeneratorParts,
+    make_parameters: Callable[..., GenerationParameters],
+    prepare: Callable[[GenerationParameters], PreparedPrompt],
+) -> Callable[..., Denoising]:
+    """Make a job's denoising state; keywords as in `make_parameters`."""
+
+    def make(levers: Levers = NO_LEVERS, **changes: Any) -> Denoising:
+        parameters = make_parameters(levers=levers, **changes)
+        return Denoising(generator_parts, parameters, prepare(parameters), RANDOM_WAN.max_sequence_length)
+
+    return make
