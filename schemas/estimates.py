@@ -13,7 +13,7 @@ class EstimatedWork(_Part):
     """The work of one clip, whatever it runs on."""
 
     steps: int
-    forwards: int = Field(description="Of the transformer, over all steps: two per step with guidance.")
+    forwards: int = Field(description="Of the transformer, over all steps: two per guided step.")
     tokens: int = Field(description="Latent tokens of one forward.")
     teraflop: float | None = Field(
         description="10^12 floating-point operations of the forwards, the decode and the text encoder at its longest "
@@ -28,8 +28,8 @@ class DeviceEstimate(_Part):
     memory_total_bytes: int
     peak_memory_bytes: int
     floor_s: float | None = Field(
-        description="Seconds that no run beats: the operations over the card's dense bfloat16 peak; null for a card "
-        "whose peak the service does not know."
+        description="The operations of all forwards over the card's dense bfloat16 peak, in seconds: no run without a "
+        "first-block cache beats it; null for a card whose peak the service does not know."
     )
     expected_s: float | None = Field(description="`floor_s` over `efficiency`.")
     efficiency: float = Field(description="The assumed share of the peak that a real run reaches.")
@@ -45,7 +45,8 @@ class Estimate(_Part):
     )
     work: EstimatedWork
     seconds: float | None = Field(
-        description="Of the device, as the service has learnt from its own jobs; null until one was made."
+        description="Of the device, as the service has learnt from its own jobs; null until one was made, and where "
+        "jobs run in other processes."
     )
     position: int | None = Field(description="Jobs that would go first; null where jobs run in other processes.")
     seconds_until_done: float | None = Field(description="Those of the jobs that go first included; null likewise.")

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from schemas.errors import FieldError, InvalidRequest
 from schemas.presets import EXACT, Preset, PresetName
@@ -57,7 +57,7 @@ class ModelProfile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    hub_id: str | None = Field(description="The checkpoint on the hub, in diffusers' layout; null when made here.")
+    hub_id: str | None = Field(description="The checkpoint on the hub, in diffusers' layout; null where there is none.")
     max_sequence_length: int = Field(description="Text tokens; prompts are padded to this many and never cut.")
     resolutions: tuple[Resolution, ...]
     min_num_frames: int
@@ -81,6 +81,13 @@ class ModelProfile(BaseModel):
             raise ValueError("exact does without nothing: give your levers to balanced or fast")
         return {"exact": EXACT, **presets}
 
+    @model_validator(mode="after")
+    def _presets_can_be_served(self) -> "ModelProfile":
+        for name, preset in self.presets.items():
+            if (preset.num_inference_steps or 1) > self.max_num_inference_steps:
+                raise ValueError(f"preset {name} takes more than max_num_inference_steps")
+        return self
+
     def resolve(
         self,
         request: GenerateRequest,
@@ -97,7 +104,7 @@ class ModelProfile(BaseModel):
         num_frames = self._num_frames(request, fps if fps_is_legal else None, errors)
         steps = _or(request.num_inference_steps, _or(preset.num_inference_steps, self.defaults.num_inference_steps))
         self._check_range("num_inference_steps", steps, 1, self.max_num_inference_steps, errors)
-        guidance_scale = _or(request.guidance_scale, _or(preset.guidance_scale, self.defaults.guidance_scale))
+        guidance_scale = _or(request.guidance_scale, self.defaults.guidance_scale)
         self._check_range("guidance_scale", guidance_scale, self.min_guidance_scale, self.max_guidance_scale, errors)
         flow_shift = _or(request.flow_shift, self.defaults.flow_shift)
         self._check_range("flow_shift", flow_shift, self.min_flow_shift, self.max_flow_shift, errors)

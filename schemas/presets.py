@@ -1,7 +1,8 @@
 """Presets: how much of the exact computation a clip may do without, and what doing without it saved.
 
 A profile says what each name means (`ModelProfile.presets`). `exact` is everywhere the same: it does without nothing,
-and equals diffusers' `WanPipeline`. Knows no tensor; `serve_graph.engine` does what is said here.
+and equals diffusers' `WanPipeline`, unless the process quantises (`engine.int8_weights`, some attention backends).
+Knows no tensor; `serve_graph.engine` does what is said here.
 """
 
 from typing import Annotated, Final, Literal
@@ -45,6 +46,11 @@ class Levers(BaseModel):
             raise ValueError("guidance_interval begins behind its end")
         return self
 
+    @property
+    def of_a_forward(self) -> "Levers":
+        """Those that change what one forward computes; the others are each job's own affair."""
+        return self.model_copy(update={"guidance_interval": None, "bfloat16_decode": False})
+
     def guides(self, step: int, num_steps: int) -> bool:
         """Whether guidance, where it is on, applies at a step (from 0): the interval holds the middle of the step."""
         if self.guidance_interval is None:
@@ -61,12 +67,11 @@ NO_LEVERS: Final = Levers()
 
 
 class Preset(BaseModel):
-    """A preset of a profile. What a request says itself goes before the two defaults."""
+    """A preset of a profile. What a request says itself goes before its steps."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     num_inference_steps: int | None = Field(default=None, ge=1, description="In place of the profile's default.")
-    guidance_scale: float | None = Field(default=None, description="In place of the profile's default.")
     levers: Levers = NO_LEVERS
 
 

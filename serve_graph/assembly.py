@@ -18,7 +18,7 @@ from serve_graph.jobs import JobService, Patiences, QueueLimits
 from serve_graph.jobs.platform import Platform
 from serve_graph.jobs.worker import Worker
 from serve_graph.metrics import IngressMetrics, new_registry
-from serve_graph.service_plan import ServicePlan
+from serve_graph.service_plan import ServicePlan, plan_for
 from serve_graph.settings import Settings, accepted_keys, webhook_signer
 from serve_graph.stores import open_signed_store
 from serve_graph.webhooks.sender import WebhookSender
@@ -95,7 +95,7 @@ class Assembly:
             webhook_policy=settings.webhooks.policy(can_sign=signer is not None),
             webhook_sender=self._webhooks,
             platform=platform,
-            plan=ServicePlan(settings.model, lambda: self._health.gpu or gpu),
+            plan=ServicePlan(plan_for(settings), lambda: self._health.gpu or gpu),
         )
         self._health = HealthMonitor(
             settings, worker, opened.store, self.jobs, self.executor, on_demand=platform is not None

@@ -72,7 +72,7 @@ def _model(config: ServeConfig) -> Iterator[Check]:
         except ModelNotReady as error:
             yield Check("model", Mark.FAIL, error.detail, "name the folder of a checkpoint in diffusers' layout")
     elif profile.hub_id is None:
-        yield Check("model", Mark.OK, f"{profile.name}, made here when it is missing")
+        yield Check("model", Mark.OK, f"{profile.name}, part of wan-serve")
     elif settings.model.revision is None:
         advice = "set model.revision, so that the same bytes come tomorrow"
         yield Check("model", Mark.WARN, f"{profile.hub_id}, the hub's newest", advice)

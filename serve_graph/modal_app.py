@@ -52,11 +52,14 @@ def _image() -> modal.Image:
         return image
     import tomllib
 
+    from serve_graph.engine.checkpoint_folder import SHIPPED
+
     project = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
     return (
         image.add_local_file(_ROOT / "constraints.txt", "/constraints.txt", copy=True)
         .uv_pip_install(*project["dependencies"], extra_options="--constraint /constraints.txt", uv_version=UV_VERSION)
         .add_local_dir(_ROOT / "configs", f"{ROOT_DIR}/configs")
+        .add_local_dir(SHIPPED, f"{ROOT_DIR}/{SHIPPED.relative_to(_ROOT)}")  # not Python, so not in the next
         .add_local_python_source("schemas", "storage", "serve_graph")
     )
 

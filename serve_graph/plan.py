@@ -13,6 +13,7 @@ bfloat16 peak: no real run is quicker without doing less. *Expected* is the floo
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 from schemas.model_profile import ModelProfile, Resolution
@@ -47,7 +48,7 @@ GPUS: Final = {
         Gpu("H100", int(79.0 * 2**30), 989.4e12),
     )
 }
-"""The smallest first. Sources of the peaks: NVIDIA's data sheets of the L4 (242 TFLOP/s with sparsity, so half of it
+"""From small to large. Sources of the peaks: NVIDIA's data sheets of the L4 (242 TFLOP/s with sparsity, so half of it
 dense), of the A100 (312), of the H100 SXM (1,979 with sparsity; the PCIe card has less, for which the floor still is
 one). Of the memory: what torch's errors name as total capacity of such cards."""
 
@@ -66,7 +67,8 @@ class Placement:
     """Which dtypes, and what lies on the GPU. The transformer always does.
 
     text_on_gpu: the text encoder lies there, in a process of its own; else in the host's memory. vae_moves: the VAE is
-    there only while it decodes; the engine keeps it there, so this is for comparison.
+    there only while it decodes; the engine keeps it there, so this is for comparison. has_bfloat16_vae: a
+    second copy of the VAE lies there, for presets.
     """
 
     dtype: str = "bfloat16"
@@ -74,20 +76,21 @@ class Placement:
     text_dtype: str = "float32"
     text_on_gpu: bool = False
     vae_moves: bool = False
+    has_bfloat16_vae: bool = False
 
 
 class Clip(NamedTuple):
-    """What is asked for, as far as memory and time go. guided: whether a step takes a second forward."""
+    """What is asked for, as far as memory and time go. guided_steps: those that take a second forward."""
 
     width: int
     height: int
     num_frames: int
     steps: int
-    guided: bool
+    guided_steps: int
 
     @property
     def forwards(self) -> int:
-        return self.steps * (2 if self.guided else 1)
+        return self.steps + self.guided_steps
 
     @property
     def tokens(self) -> int:
@@ -137,7 +140,7 @@ class ModelPlan:
         defaults = self.profile.defaults
         steps = defaults.num_inference_steps if steps is None else steps
         guided = (defaults.guidance_scale if guidance_scale is None else guidance_scale) > 1
-        return Clip(resolution.width, resolution.height, num_frames, steps, guided)
+        return Clip(resolution.width, resolution.height, num_frames, steps, steps if guided else 0)
 
     def flop(self, clip: Clip) -> Flop:
         """The work of one clip."""
@@ -145,35 +148,18 @@ class ModelPlan:
         return Flop(
             denoise=clip.forwards * parts.transformer.forward_flop(clip.tokens, rows),
             decode=parts.vae.decode_flop(clip.width, clip.height, clip.num_frames),
-            text=(2 if clip.guided else 1) * parts.text_encoder.flop(rows),
+            text=(2 if clip.guided_steps else 1) * parts.text_encoder.flop(rows),
         )
 
     def floor_s(self, clip: Clip, gpu: Gpu) -> float:
-        """Seconds that no run on this card beats."""
+        """Seconds that no run of all these forwards beats on this card; a first-block cache ends some early."""
         flop = self.flop(clip)
         return (flop.denoise + flop.decode + (flop.text if self.placement.text_on_gpu else 0)) / gpu.flops
 
     def footprint(self, clip: Clip) -> Footprint:
         """Bytes of one clip at a time; see the module's docstring for what is counted."""
-        parts, placed = self.architecture, self.placement
-        transformer = parts.transformer.weight_bytes(placed.dtype)
-        vae = parts.vae.weight_bytes(placed.vae_dtype)
-        text = parts.text_encoder.weight_bytes(placed.text_dtype)
-        resident = transformer + (0 if placed.vae_moves else vae) + (text if placed.text_on_gpu else 0)
         rows = self.profile.max_sequence_length
-        denoise = parts.transformer.activation_bytes(clip.tokens, rows, placed.dtype)
-        decode = parts.vae.activation_bytes(clip.width, clip.height, placed.vae_dtype)
-        beside = max((1 + SLACK) * denoise, (1 + SLACK) * decode + (vae if placed.vae_moves else 0))
-        return Footprint(
-            transformer=transformer,
-            vae=vae,
-            text_encoder=text,
-            resident=resident,
-            host=(0 if placed.text_on_gpu else text) + (vae if placed.vae_moves else 0),
-            denoise_activations=denoise,
-            decode_activations=decode,
-            peak=resident + int(beside) + CONTEXT_BYTES * (2 if placed.text_on_gpu else 1),
-        )
+        return _footprint(self.architecture, self.placement, rows, clip.width, clip.height, clip.tokens)
 
     def fits(self, clip: Clip, memory_bytes: int) -> bool:
         """Whether one such clip fits on a card of so much memory."""
@@ -232,6 +218,31 @@ class ModelPlan:
             yield {"dtype": "bfloat16"}, "the transformer in bfloat16 (model.dtype)"
         if self.placement.text_on_gpu and self.placement.vae_dtype == "float32":
             yield off_gpu | half_vae, "the text encoder on the CPU and the VAE in bfloat16 (model.vae_dtype)"
+
+
+@lru_cache(
+    maxsize=1_024
+)  # each request asks, and a batch has thousands of one size; counted anew it takes a millisecond
+def _footprint(parts: Architecture, placed: Placement, rows: int, width: int, height: int, tokens: int) -> Footprint:
+    transformer = parts.transformer.weight_bytes(placed.dtype)
+    vae = parts.vae.weight_bytes(placed.vae_dtype)
+    text = parts.text_encoder.weight_bytes(placed.text_dtype)
+    resident = transformer + (0 if placed.vae_moves else vae) + (text if placed.text_on_gpu else 0)
+    if placed.has_bfloat16_vae:
+        resident += parts.vae.weight_bytes("bfloat16")
+    denoise = parts.transformer.activation_bytes(tokens, rows, placed.dtype)
+    decode = parts.vae.activation_bytes(width, height, placed.vae_dtype)
+    beside = max((1 + SLACK) * denoise, (1 + SLACK) * decode + (vae if placed.vae_moves else 0))
+    return Footprint(
+        transformer=transformer,
+        vae=vae,
+        text_encoder=text,
+        resident=resident,
+        host=(0 if placed.text_on_gpu else text) + (vae if placed.vae_moves else 0),
+        denoise_activations=denoise,
+        decode_activations=decode,
+        peak=resident + int(beside) + CONTEXT_BYTES * (2 if placed.text_on_gpu else 1),
+    )
 
 
 def plan_of(profile: ModelProfile, placement: Placement) -> ModelPlan | None:

@@ -11,10 +11,11 @@ one takes the next step) and whoever tells a client its position. Under `fifo` i
    c. items of batches, in the order of their fair starts (`Shares`).
 
 *No job starves.* When a job becomes overdue is fixed at its submission (`Turn.at_submission`): `max_stretch` times what
-`fifo` would have taken, or `ALONE_STRETCH` times its own work where that is more, less its own work. From then on only
-jobs go before it that became overdue earlier. All of these are known by then, since none becomes overdue before it was
-submitted. So it ends at the latest when the device has worked off those and itself, however many jobs of whatever class
-and size arrive meanwhile, and whether or not the estimates were right.
+`fifo` would have taken, or `ALONE_STRETCH` times its own work where that is more, less its own work; for low jobs and
+items of batches `PATIENCE_OF_LOW` times the first, less their own work. From then on only jobs go before it that became
+overdue earlier. All of these are known by then, since none becomes overdue before it was submitted. So it ends at the
+latest when the device has worked off those and itself, however many jobs of whatever class and size arrive meanwhile,
+and whether or not the estimates were right.
 
 The estimates come from `WorkModel`, which counts work and learns the seconds.
 """
@@ -25,9 +26,9 @@ from math import inf
 from typing import Final, Literal, NamedTuple, Protocol
 
 from schemas.handoff import Standing
-from schemas.model_profile import TEMPORAL_STRIDE
 from schemas.presets import PresetName
 from schemas.requests import GenerationParameters, Priority
+from serve_graph.architecture import num_latent_frames
 
 Policy = Literal["fifo", "srpt"]
 
@@ -41,8 +42,8 @@ MIN_FIFO_S = 0.5
 """What `fifo` takes at least, for `max_stretch`: hand-offs and uploads, in no estimate, make no job overdue."""
 
 ALONE_STRETCH = 4.0
-"""A job may take so many times its own work, however few were before it. Without it a long job that comes to an idle
-service is overdue after a third of its work, and short ones wait for all of the rest."""
+"""A single job above `low` may take so many times its own work, however few were before it. Without it a long job that
+comes to an idle service is overdue after a third of its work, and short ones wait for all of the rest."""
 
 NEAR = 3.0
 """A deadline is near when what is left until then is at most so many times the job's remaining work."""
@@ -82,7 +83,7 @@ def work_of(parameters: GenerationParameters) -> Work:
     return Work(
         shape=(parameters.num_frames, parameters.height, parameters.width),
         forwards=parameters.num_inference_steps + parameters.guided_steps,
-        chunks=_num_chunks(parameters.num_frames),
+        chunks=num_latent_frames(parameters.num_frames),
         preset=parameters.preset,
     )
 
@@ -106,7 +107,7 @@ class WorkModel:
         return self._per_forward_unit is not None
 
     def saw_forwards(self, work: Work, num_forwards: int, seconds: float) -> None:
-        """So many forwards of such a job took so many seconds of the device: its share, where jobs went together."""
+        """So many forwards of such jobs took so many seconds, those of all jobs that went together counted."""
         key, each = (work.shape, work.preset), seconds / num_forwards
         self._forwards[key] = _blend(self._forwards.get(key), each)
         self._per_forward_unit = _blend(self._per_forward_unit, each / _forward_units(work))
@@ -135,14 +136,10 @@ class WorkModel:
         return left.forwards * forward + left.chunks * chunk
 
 
-def _num_chunks(num_frames: int) -> int:
-    return (num_frames - 1) // TEMPORAL_STRIDE + 1
-
-
 def _forward_units(work: Work) -> float:
     """Tokens of one forward, those of attention included. A patch has 16 x 16 pixels of one latent frame."""
     num_frames, height, width = work.shape
-    tokens = _num_chunks(num_frames) * height * width / 256
+    tokens = num_latent_frames(num_frames) * height * width / 256
     return tokens * (1 + tokens / ATTENTION_TOKENS)
 
 
@@ -184,14 +181,15 @@ class Turn:
 
         own_s, ahead_s: its work, and what is left of all jobs that came before it, which `fifo` would do first.
         max_stretch: at least 1. So many times what `fifo` would have taken may the job take before others wait for it;
-        `ALONE_STRETCH` times its own work at least.
+        `ALONE_STRETCH` times its own work at least, `PATIENCE_OF_LOW` times as long a low one or an item of a batch.
         """
         patient = priority == "low" or fair_start is not None
-        may_take_s = max(max_stretch * max(MIN_FIFO_S, ahead_s + own_s), ALONE_STRETCH * own_s)
+        may_take_s = max_stretch * max(MIN_FIFO_S, ahead_s + own_s)
+        may_take_s = PATIENCE_OF_LOW * may_take_s if patient else max(may_take_s, ALONE_STRETCH * own_s)
         return cls(
             priority=priority,
             submitted=now,
-            overdue_at=now + (PATIENCE_OF_LOW if patient else 1.0) * may_take_s - own_s,
+            overdue_at=now + may_take_s - own_s,
             deadline=inf if deadline_s is None else now + deadline_s,
             fair_start=fair_start,
         )

@@ -10,7 +10,7 @@ from schemas.estimates import DeviceEstimate, EstimatedWork
 from schemas.health import GpuHealth
 from schemas.model_profile import unique
 from schemas.requests import GenerationParameters
-from serve_graph.plan import EFFICIENCY, Clip, Placement, card_named, plan_of
+from serve_graph.plan import EFFICIENCY, Clip, ModelPlan, Placement, card_named, plan_of
 from serve_graph.settings import ModelSettings, Settings
 
 _GIB = 2**30
@@ -28,7 +28,15 @@ def placement_of(model: ModelSettings) -> Placement:
         vae_dtype=_resolved(model.vae_dtype, on_gpu=True),
         text_dtype=_resolved(model.text_dtype, on_gpu=text_on_gpu),
         text_on_gpu=text_on_gpu,
+        has_bfloat16_vae=_resolved(model.vae_dtype, on_gpu=True) != "bfloat16"
+        and any(preset.levers.bfloat16_decode for preset in model.profile.presets.values()),
     )
+
+
+def plan_for(settings: Settings) -> ModelPlan | None:
+    """None where the plan's bytes are not the service's: a profile of one's own, or weights in int8."""
+    model = settings.model
+    return None if settings.engine.int8_weights else plan_of(model.profile, placement_of(model))
 
 
 def check_start(settings: Settings, name: str, memory_bytes: int) -> None:
@@ -36,8 +44,7 @@ def check_start(settings: Settings, name: str, memory_bytes: int) -> None:
 
     `engine.max_clip_pixels` takes the plan's place, here as for each request.
     """
-    model = settings.model
-    plan = plan_of(model.profile, placement_of(model))
+    model, plan = settings.model, plan_for(settings)
     if plan is None or settings.engine.max_clip_pixels is not None or plan.fits_at_all(memory_bytes):
         return
     clip = plan.smallest_clip()
@@ -51,10 +58,10 @@ def check_start(settings: Settings, name: str, memory_bytes: int) -> None:
 
 
 class ServicePlan:
-    """gpu: what the generator last said of its GPU; None where it has none, or has not said so yet."""
+    """plan: see `plan_for`. gpu: what the generator last said of its GPU; None where it has none, or is not up yet."""
 
-    def __init__(self, model: ModelSettings, gpu: Callable[[], GpuHealth | None]) -> None:
-        self._plan = plan_of(model.profile, placement_of(model))
+    def __init__(self, plan: ModelPlan | None, gpu: Callable[[], GpuHealth | None]) -> None:
+        self._plan = plan
         self._gpu = gpu
 
     def refuse_what_does_not_fit(self, parameters: GenerationParameters) -> None:
@@ -69,7 +76,7 @@ class ServicePlan:
             raise InvalidRequest([error])
         sizes = plan.fitting_sizes(clip, gpu.memory_total_bytes)
         names = tuple(unique(size.name for size in sizes))
-        legal = f"of this device's memory: {', '.join(names)}" if names else "with so many frames none fits this device"
+        legal = f"of this device's memory: {', '.join(names)}" if names else "nothing of so many frames"
         message = f"{clip.width}x{clip.height} does not fit into this device; legal: {legal}"
         raise InvalidRequest([FieldError(field="resolution", message=message, legal=legal, nearest=names or None)])
 
@@ -106,7 +113,7 @@ def _clip(parameters: GenerationParameters) -> Clip:
         parameters.height,
         parameters.num_frames,
         parameters.num_inference_steps,
-        parameters.does_guidance,
+        parameters.guided_steps,
     )
 
 

@@ -247,7 +247,7 @@ class Settings(BaseSettings):
         env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True, protected_namespaces=()
     )
 
-    data_dir: Path = Field(default=Path("data"), description="Checkpoints made here, and unfinished clips.")
+    data_dir: Path = Field(default=Path("data"), description="Unfinished clips, and what a run needs.")
     public_url: str | None = Field(
         default=None, description="What clients call this service; local clips' URLs begin with it."
     )

@@ -35,12 +35,8 @@ class GeneratorParts:
     quick_vae: AutoencoderKLWan | None = None
 
     def vae_for(self, levers: Levers) -> AutoencoderKLWan:
-        """The one to decode with. Raises ModelNotReady where that was not loaded."""
-        if not levers.bfloat16_decode:
-            return self.vae
-        if self.quick_vae is None:
-            raise ModelNotReady("the VAE in bfloat16 was not loaded")
-        return self.quick_vae
+        """The one to decode with: itself too for a job that another version of the profile admitted, with a copy."""
+        return self.quick_vae or self.vae if levers.bfloat16_decode else self.vae
 
 
 @dataclass(frozen=True)

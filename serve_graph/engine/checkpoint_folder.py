@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a folder in diffusers' layout. Loads no weights."""
+"""Where a checkpoint lies: a folder in diffusers' layout, and which version it is."""
 
 from dataclasses import dataclass
 from hashlib import sha256
@@ -8,6 +8,7 @@ from huggingface_hub import snapshot_download
 
 from schemas.errors import ModelNotReady
 from schemas.model_profile import ModelProfile
+from schemas.official_profiles import WAN_TINY
 
 SHIPPED = Path(__file__).parent.parent / "tiny_wan" / "checkpoint"
 """The tiny Wan, part of this package."""
@@ -33,8 +34,10 @@ def locate_checkpoint(profile: ModelProfile, path: Path | None, revision: str | 
     elif profile.hub_id is not None:
         snapshot = _download(profile.hub_id, revision)
         found = FoundCheckpoint(snapshot, snapshot.name)  # the hub's cache names the folder by the commit
-    else:
+    elif profile.name == WAN_TINY.name:
         found = FoundCheckpoint(SHIPPED, _checksum(SHIPPED))
+    else:
+        raise ModelNotReady(f"{profile.name} has no hub id: set model.path to its folder")
     check_layout(found.folder)
     return found
 

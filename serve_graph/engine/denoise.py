@@ -136,7 +136,7 @@ def pad_embedding(embedding: TextEmbedding, text_length: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def denoise_step(transformer: WanTransformer3DModel, batch: Sequence[Denoising]) -> int:
-    """Take one step of every job in `batch`; all have latents of one shape and equal levers.
+    """Take one step of every job in `batch`; all have latents of one shape and levers of one `of_a_forward`.
 
     Returns the number of forwards, where any job has guidance 2, though they may be one call.
 
@@ -170,6 +170,9 @@ def denoise_step(transformer: WanTransformer3DModel, batch: Sequence[Denoising])
     for (i, kind), one in predicted.items():
         batch[i].rows[kind] = replace(batch[i].rows[kind], memory=one.memory)
         batch[i].cached_forwards += one.cached
+    for job in batch:
+        if job.forwards_left == job.num_steps - job.step:  # guidance is over, and what was kept for it
+            job.rows.pop("uncond", None)
     return 2 if guided else 1
 
 

@@ -96,8 +96,8 @@ class EngineJob:
 
     @property
     def company(self) -> tuple[tuple[int, int, int], Levers]:
-        """What must agree for two jobs to share a forward; the text length is fixed per model."""
-        return self.work.shape, self.parameters.levers
+        """What must agree for two jobs to share a forward: shape, and the levers that change one."""
+        return self.work.shape, self.parameters.levers.of_a_forward
 
     @property
     def travels_alone(self) -> bool:
@@ -132,6 +132,8 @@ class EngineJob:
         self._prompt = None
         shape = self._denoising.latents.shape[2:]
         self.num_tokens = prod(n // p for n, p in zip(shape, parts.transformer.config.patch_size, strict=True))
+        if self.parameters.levers.batched_guidance and self.parameters.does_guidance:
+            self.num_tokens *= 2  # both of a guided step's forwards are one
         self._phase_began = time.monotonic()
 
     def begin_decoding(self, parts: GeneratorParts) -> None:

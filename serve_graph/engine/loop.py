@@ -158,9 +158,11 @@ class Engine:
     def _step(self, batch: Sequence[EngineJob]) -> None:
         began = time.monotonic()
         num_forwards = 0
+        predictions: list[int] = []
 
         def step() -> None:
             nonlocal num_forwards
+            predictions.extend(1 + job.denoising.is_guided for job in batch)
             num_forwards = denoise_step(self._parts.transformer, [job.denoising for job in batch])
             if self._parts.device.type == "cuda":  # else the host runs ahead, and what it decides comes late
                 torch.cuda.synchronize(self._parts.device)
@@ -172,9 +174,9 @@ class Engine:
         self._metrics.forward_done("cond")
         if num_forwards == 2:
             self._metrics.forward_done("uncond")
-        self._model.saw_forwards(batch[0].work, num_forwards, seconds / len(batch))
-        for job in batch:
-            job.denoise_device_s += seconds / len(batch)
+        self._model.saw_forwards(batch[0].work, sum(predictions), seconds)
+        for job, own in zip(batch, predictions, strict=True):
+            job.denoise_device_s += seconds * own / sum(predictions)
             self._tell_progress(job)
             if job.denoising.is_done:
                 self._guarded([job], lambda job=job: job.begin_decoding(self._parts))  # type: ignore[misc]  # binds

@@ -1,6 +1,6 @@
 """What a process does once to its model, before the first job: other ways of computing the same.
 
-All but `int8_weights` change results by rounding only.
+All but `int8_weights`, and attention backends that quantise, change results by rounding only.
 """
 
 from collections.abc import Callable
@@ -78,5 +78,5 @@ def quantize_weights(transformer: WanTransformer3DModel) -> None:
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
-        raise ModelNotReady("engine.int8_weights needs torchao: pip install 'wan-serve[int8]'") from error
+        raise ModelNotReady("engine.int8_weights needs torchao: pip install -e '.[int8]'") from error
     quantize_(transformer.blocks, Int8WeightOnlyConfig())

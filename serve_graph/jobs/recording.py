@@ -10,7 +10,7 @@ from secrets import token_hex
 from typing import Any, TypeVar, Unpack
 
 from schemas.errors import JobCancelled, JobNotFound, StoreUnavailable
-from schemas.jobs import JobRecord, JobState, Lease
+from schemas.jobs import JobRecord, JobState, Lease, Progress
 from serve_graph.jobs.live import LiveJob
 from serve_graph.patience import Patience
 from storage.job_records import Deleted, JobChanges, JobRecords
@@ -85,8 +85,8 @@ class Recorder:
 
         await asyncio.shield(write())
 
-    async def renew(self, live: LiveJob) -> None:
-        """Renew the job's lease, with its progress; one try. Raises Lost, StoreUnavailable.
+    async def renew(self, live: LiveJob, progress: Progress | None) -> None:
+        """Renew the job's lease, with its progress as others shall see it; one try. Raises Lost, StoreUnavailable.
 
         Afterwards `live.record.cancel_requested` says whether another process was asked to cancel it.
         """
@@ -96,7 +96,7 @@ class Recorder:
             lease = live.record.lease
             if lease is None or live.etag is None or live.ending:
                 return
-            renewed = Lease(owner=lease.owner, renewal=lease.renewal + 1, progress=live.progress)
+            renewed = Lease(owner=lease.owner, renewal=lease.renewal + 1, progress=progress)
             record = self.records.amended(live.record, lease=renewed)
             try:
                 live.etag = await self.io(self.records.write, record, live.etag)

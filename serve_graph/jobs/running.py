@@ -24,6 +24,7 @@ from schemas.health import LastError, QueueHealth
 from schemas.jobs import (
     JobRecord,
     JobState,
+    Progress,
     RenderedClip,
 )
 from schemas.webhooks import WebhookDelivery
@@ -375,9 +376,16 @@ class Running:
             if running and time.monotonic() - self._attempts.last_advance < self._patiences.stall_s:
                 await asyncio.gather(*map(self._renew, running))
 
+    def _told_elsewhere(self, live: LiveJob) -> Progress | None:
+        """A job's progress with the seconds until it is done, not only those of the device that are its own."""
+        place = self.line.outlook(live) if self.line.is_calibrated else None
+        if live.progress is None or place is None:
+            return live.progress
+        return live.progress.model_copy(update={"seconds_left": place.seconds_left})
+
     async def _renew(self, live: LiveJob) -> None:
         try:
-            await self._recorder.renew(live)
+            await self._recorder.renew(live, self._told_elsewhere(live))
         except Lost:
             live.lost = True
             live.stop()

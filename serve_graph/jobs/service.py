@@ -64,7 +64,6 @@ from serve_graph.logs import log_event, log_failure
 from serve_graph.metrics import IngressMetrics
 from serve_graph.prompts import prompt_hash
 from serve_graph.service_plan import ServicePlan
-from serve_graph.settings import ModelSettings
 from serve_graph.thumbnails import ensure_thumbnail
 from serve_graph.webhooks.policy import WebhookPolicy, check_webhook_url
 from serve_graph.webhooks.sender import WebhookSender
@@ -104,7 +103,7 @@ class JobService:
         platform: Platform | None = None,
         plan: ServicePlan | None = None,
     ) -> None:
-        self._plan = plan or ServicePlan(ModelSettings(profile=profile), lambda: None)
+        self._plan = plan or ServicePlan(None, lambda: None)
         self._profile = profile
         self._worker = worker
         self._records = records

@@ -10,19 +10,19 @@ from typing import Any, Final
 import httpx
 
 from schemas.clips import Clip
+from schemas.health import GpuHealth
+from schemas.official_profiles import PROFILES
 from schemas.requests import GenerateRequest
 from serve_graph.cli import app as cli
 from serve_graph.client.wan_client import WanClient
+from serve_graph.plan import Clip as Work
+from serve_graph.plan import Placement, card_named, plan_of
 from serve_graph.settings import API_KEY_VARIABLE
 
 OUT: Final = Path("out")
 
 SMOKE_TTL_S: Final = 5
 EXPIRY_MARGIN_S: Final = 30
-
-FLOORS_480P_S: Final = {"L4": 234.0, "A100": 91.0, "H100": 28.6}
-"""Seconds for the denoising of 81 frames of 480x832, 50 steps with guidance, Wan 2.1 1.3B: 28.3 PFLOP at the card's
-dense bf16 peak (NVIDIA's data sheets). No real run can be faster without doing less work."""
 
 
 def wan_serve(*arguments: str, url: str) -> None:
@@ -58,19 +58,18 @@ def record_480p(url: str, folder: Path = OUT, api_key: str | None = None) -> Pat
     with WanClient(url, api_key=api_key or _api_key()) as client:
         clip = client.generate(GenerateRequest(prompt="a red circle moving left", resolution="480p", duration=5.0))
         gpu = client.health().gpu
-    record = record_of(clip, None if gpu is None else gpu.name)
+    record = record_of(clip, gpu)
     return write_record(folder, "record_480p", "Generation time at 480p, 5 s", record)
 
 
-def record_of(clip: Clip, gpu: str | None) -> dict[str, Any]:
-    """floor_fraction: the floor over the measured denoising; 1 is the card's peak. None for another card or model."""
-    known = [seconds for name, seconds in FLOORS_480P_S.items() if gpu is not None and name in gpu]
-    size = (clip.model, clip.width * clip.height, clip.num_frames)
-    work = (clip.num_inference_steps, clip.guidance_scale > 1, clip.preset)
-    is_floors = size == ("wan2.1-t2v-1.3b", 480 * 832, 81) and work == (50, True, "exact")
-    floor_s = known[0] if known and is_floors else None
+def record_of(clip: Clip, gpu: GpuHealth | None) -> dict[str, Any]:
+    """floor_s: of the denoising, by `serve_graph.plan`. floor_fraction: it over what was measured.
+
+    None for a card or a model that the plan does not know, and where forwards ended after their first block.
+    """
+    floor_s = _floor_s(clip, gpu)
     return {
-        "gpu": gpu,
+        "gpu": None if gpu is None else gpu.name,
         "model": clip.model,
         "width": clip.width,
         "height": clip.height,
@@ -82,6 +81,17 @@ def record_of(clip: Clip, gpu: str | None) -> dict[str, Any]:
         "floor_s": floor_s,
         "floor_fraction": None if floor_s is None else round(floor_s / clip.timings.denoise, 3),
     }
+
+
+def _floor_s(clip: Clip, gpu: GpuHealth | None) -> float | None:
+    profile = PROFILES.get(clip.model)
+    plan = None if profile is None else plan_of(profile, Placement())
+    card = None if gpu is None else card_named(gpu.name, gpu.memory_total_bytes)
+    effort = clip.effort
+    if plan is None or card is None or effort is None or effort.cached_forwards:
+        return None
+    work = Work(clip.width, clip.height, clip.num_frames, effort.steps, effort.guided_steps)
+    return plan.flop(work).denoise / card.flops
 
 
 def write_record(folder: Path, name: str, title: str, record: dict[str, Any]) -> Path:

@@ -156,7 +156,7 @@ def profile_of(options: ModalOptions) -> ModelProfile:
 
 
 def fetched_weights(options: ModalOptions) -> Path | None:
-    """Where `download_weights` has put the checkpoint; None where it is made on the spot or lies elsewhere."""
+    """Where `download_weights` has put the checkpoint; None where it ships with the package or lies elsewhere."""
     profile = profile_of(options)
     if profile.hub_id is None or "WAN_MODEL__PATH" in os.environ:
         return None
@@ -172,7 +172,7 @@ def service_args(options: ModalOptions) -> dict[str, Any]:
     """The application's `args` of configs/modal.yaml, with the weights' place. Raises ConfigError."""
     args, profile = _file_args(), profile_of(options)
     if options.snapshot == "cpu":  # CUDA stays unasked
-        args["model"] |= {"load_on_cpu": True, "text_device": "cpu", "text_dtype": "bfloat16"}
+        args["model"]["load_on_cpu"] = True
     if profile.hub_id is not None:
         args["model"].setdefault("path", f"{options.weights_dir}/{profile.name}")
     kind = os.environ.get("WAN_STORAGE__KIND", args.get("storage", {}).get("kind"))

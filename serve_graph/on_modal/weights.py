@@ -43,11 +43,11 @@ def fetch(profile: ModelProfile, revision: str, folder: Path, endpoint: str | No
 
     revision: a branch, a tag or a commit; everything comes from the commit that it names now. endpoint: another hub's.
 
-    Raises ModelNotReady for a profile that is made here, for a hub that can't be reached, and for a file whose size
+    Raises ModelNotReady for a profile without a hub id, for a hub that can't be reached, and for a file whose size
     or SHA-256 is not the hub's; it is deleted then, so that the next run fetches it again.
     """
     if profile.hub_id is None:
-        raise ModelNotReady(f"{profile.name} is made where it is used; there is nothing to fetch")
+        raise ModelNotReady(f"{profile.name} is not on the hub; there is nothing to fetch")
     try:
         info = HfApi(endpoint).model_info(profile.hub_id, revision=revision, files_metadata=True)
         commit = str(info.sha)

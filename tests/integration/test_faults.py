@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from polling import until
 
 from schemas.errors import PROBLEM_MEDIA_TYPE, Problem
 from storage.job_records import JobRecords
@@ -148,6 +149,7 @@ def test_hung_device_thread_is_noticed_and_its_process_replaced(tmp_path: Path, 
             tell("faults", f"hung device thread: attempt begun anew after {time.monotonic() - began:.1f} s")
             assert retried["error"] == "worker-lost"
             assert psutil.wait_procs([before], timeout=10)[1] == []
+            until(lambda: len(service.log("model_loaded")) == 2, "another generator")
             assert http.post(f"/batches/{batch}/cancel").status_code in (200, 202)
     finally:
         service.stop()

@@ -12,6 +12,7 @@ from modal.mount import ROOT_DIR
 from modal_loopback import Finished, Loopback
 from modal_loopback.records import FunctionLayout, VolumeMount
 
+from serve_graph.engine.checkpoint_folder import SHIPPED
 from serve_graph.on_modal.weights import check_whole
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +98,10 @@ def test_the_image_is_made_of_the_project_s_own_pins(layout: dict[str, FunctionL
 def test_the_packages_and_the_configuration_are_mounted(layout: dict[str, FunctionLayout]) -> None:
     files = layout["Generator"].files
 
+    shipped = [path for path in SHIPPED.rglob("*") if path.is_file()]
+    assert shipped
+    for path in shipped:  # no Python, so it comes by a mount of its own
+        assert files[f"{ROOT_DIR}/{path.relative_to(ROOT)}"] == path.read_bytes()
     assert files[f"{ROOT_DIR}/configs/modal.yaml"] == (ROOT / "configs" / "modal.yaml").read_bytes()
     for path in ("serve_graph/modal_app.py", "serve_graph/engine/loop.py", "storage/s3.py", "schemas/jobs.py"):
         assert f"{ROOT_DIR}/{path}" in files

@@ -96,6 +96,11 @@ def test_a_distilled_checkpoint_is_a_profile_with_few_steps_and_no_guidance() ->
     assert (parameters.num_inference_steps, parameters.guided_steps) == (4, 0)
 
 
+def test_a_profile_whose_preset_takes_more_steps_than_are_legal_is_refused() -> None:
+    with pytest.raises(ValidationError, match="preset fast takes more than max_num_inference_steps"):
+        ModelProfile.model_validate(WAN_TINY.model_dump() | {"max_num_inference_steps": 5})
+
+
 def test_parameters_on_record_from_before_presets_were_exact() -> None:
     recorded = resolve(seed=1).model_dump(mode="json", exclude={"preset", "levers"})
 

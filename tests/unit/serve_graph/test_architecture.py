@@ -19,6 +19,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from schemas.official_profiles import WAN_1_3B, WAN_14B, WAN_TINY
 from serve_graph.architecture import ARCHITECTURES, TextEncoder, Transformer, Vae, num_latent_frames, num_tokens
 from serve_graph.engine.checkpoint import load_generator_parts
+from serve_graph.engine.checkpoint_folder import SHIPPED
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -172,12 +173,16 @@ def test_weights_take_as_many_bytes_as_the_loader_holds(
     assert our_vae.weight_bytes(dtype) == weight_bytes(loaded.vae)
 
 
-def test_the_tiny_model_has_the_dimensions_that_it_is_trained_with() -> None:
-    from serve_graph.tiny_wan.model import make_transformer
-
+def test_the_tiny_model_has_the_dimensions_of_the_shipped_checkpoint() -> None:
     with torch.device("meta"):
-        model = make_transformer()
-    assert ARCHITECTURES[WAN_TINY.name].transformer.num_parameters == num_parameters(model)
+        transformer = WanTransformer3DModel.from_config(str(SHIPPED / "transformer"))
+        vae = AutoencoderKLWan.from_config(str(SHIPPED / "vae"))
+        text_encoder = UMT5EncoderModel(UMT5Config.from_pretrained(SHIPPED / "text_encoder"))
+    ours = ARCHITECTURES[WAN_TINY.name]
+
+    assert ours.transformer.num_parameters == num_parameters(transformer)
+    assert ours.vae.num_parameters == num_parameters(vae)
+    assert ours.text_encoder.num_parameters == num_parameters(text_encoder)
 
 
 # ---- FLOP: exact

@@ -8,7 +8,6 @@ from schemas.errors import InvalidRequest, ModelNotReady
 from schemas.health import GpuHealth
 from schemas.official_profiles import PROFILES, WAN_1_3B, WAN_14B
 from schemas.requests import GenerateRequest
-from serve_graph.on_modal.commands import FLOORS_480P_S
 from serve_graph.plan import (
     CONTEXT_BYTES,
     EFFICIENCY,
@@ -21,7 +20,7 @@ from serve_graph.plan import (
     plan_of,
     rows,
 )
-from serve_graph.service_plan import ServicePlan, check_start, placement_of
+from serve_graph.service_plan import ServicePlan, check_start, placement_of, plan_for
 from serve_graph.settings import EngineSettings, ModelSettings, Settings
 
 L4, A100_40GB, A100_80GB, H100 = GPUS.values()
@@ -124,16 +123,6 @@ def test_fewer_frames_are_nearest_where_the_forward_is_the_peak() -> None:
 # ---- time and cost
 
 
-@pytest.mark.parametrize("card", ["L4", "A100-40GB", "H100"])
-def test_the_floor_is_that_of_the_480p_record(card: str) -> None:
-    planned = plan()
-    clip = default_clip(planned)
-    (known,) = [seconds for name, seconds in FLOORS_480P_S.items() if card.startswith(name)]
-
-    assert planned.flop(clip).denoise / GPUS[card].flops == pytest.approx(known, rel=0.005)
-    assert planned.floor_s(clip, GPUS[card]) == pytest.approx(known, rel=0.02)  # the decode is in it
-
-
 def test_guidance_takes_a_second_forward_and_a_second_text() -> None:
     planned = plan()
     size = WAN_1_3B.resolutions[0]
@@ -200,7 +189,7 @@ def test_a_profile_of_one_s_own_is_not_judged() -> None:
 
     assert plan_of(own, Placement()) is None
     check_start(Settings(model=ModelSettings(profile=own)), "NVIDIA L4", 1)
-    planned = ServicePlan(ModelSettings(profile=own), lambda: gpu(1))
+    planned = ServicePlan(plan_for(Settings(model=ModelSettings(profile=own))), lambda: gpu(1))
     parameters = own.resolve(GenerateRequest(prompt="a cat"))
     planned.refuse_what_does_not_fit(parameters)
     assert planned.device(parameters) is None
@@ -224,7 +213,7 @@ def test_cards_are_known_by_what_torch_calls_them(name: str, memory_gib: float, 
 
 
 def test_no_request_is_refused_where_nothing_is_known_of_a_gpu() -> None:
-    planned = ServicePlan(ModelSettings(profile=WAN_14B), lambda: None)
+    planned = ServicePlan(plan_for(Settings(model=ModelSettings(profile=WAN_14B))), lambda: None)
     parameters = WAN_14B.resolve(GenerateRequest(prompt="a cat"))
 
     planned.refuse_what_does_not_fit(parameters)
@@ -234,7 +223,7 @@ def test_no_request_is_refused_where_nothing_is_known_of_a_gpu() -> None:
 def test_a_request_with_too_many_frames_is_told_how_many_fit() -> None:
     model = ModelSettings(profile=WAN_14B, dtype="float32", vae_dtype="bfloat16")
     peak = plan(WAN_14B.name, placement_of(model)).footprint(default_clip(plan(WAN_14B.name), 2)).peak
-    planned = ServicePlan(model, lambda: gpu(peak - 1))
+    planned = ServicePlan(plan_for(Settings(model=model)), lambda: gpu(peak - 1))
     with pytest.raises(InvalidRequest) as refusal:
         planned.refuse_what_does_not_fit(WAN_14B.resolve(GenerateRequest(prompt="a cat")))
 
@@ -245,7 +234,8 @@ def test_a_request_with_too_many_frames_is_told_how_many_fit() -> None:
 
 
 def test_a_card_of_unknown_speed_has_a_peak_memory_and_no_floor() -> None:
-    planned = ServicePlan(ModelSettings(profile=WAN_1_3B), lambda: gpu(44 * 2**30, "NVIDIA L40S"))
+    l40s = gpu(44 * 2**30, "NVIDIA L40S")
+    planned = ServicePlan(plan_for(Settings(model=ModelSettings(profile=WAN_1_3B))), lambda: l40s)
     found = planned.device(WAN_1_3B.resolve(GenerateRequest(prompt="a cat")))
 
     assert found is not None

@@ -24,7 +24,7 @@ from serve_graph.api.routes import Service
 from serve_graph.encode import Mp4Writer
 from serve_graph.health import HealthMonitor
 from serve_graph.metrics import merge, snapshot
-from serve_graph.service_plan import ServicePlan
+from serve_graph.service_plan import ServicePlan, plan_for
 from serve_graph.settings import EncodeSettings, ModelSettings, Settings
 from serve_graph.stores import LocalFiles
 
@@ -73,7 +73,7 @@ async def open_api(
 ) -> AsyncIterator[Api]:
     """A service for 3 waiting jobs, one of them dispatched at a time."""
     probe = ScriptedProbe()
-    plan = ServicePlan(ModelSettings(profile=profile), lambda: probe.health_now.gpu)
+    plan = ServicePlan(plan_for(Settings(model=ModelSettings(profile=profile))), lambda: probe.health_now.gpu)
     with open_jobs(
         folder,
         profile=profile,

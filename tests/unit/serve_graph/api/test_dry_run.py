@@ -57,6 +57,14 @@ async def test_dry_run_without_guidance_takes_half_the_forwards(api: Api) -> Non
     assert (await estimate(api, num_inference_steps=10, guidance_scale=1)).work.forwards == 10
 
 
+async def test_dry_run_of_a_preset_counts_the_forwards_that_it_takes(api: Api) -> None:
+    found = await estimate(api, preset="fast")
+
+    guided = found.parameters.guided_steps
+    assert 0 < guided < found.work.steps == 6
+    assert found.work.forwards == 6 + guided
+
+
 async def test_dry_run_leaves_nothing_behind(api: Api) -> None:
     headers = {"idempotency-key": "once"}
     dry = await api.http.post("/generate", params=DRY, json={"prompt": PROMPT}, headers=headers)

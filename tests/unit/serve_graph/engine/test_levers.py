@@ -12,14 +12,14 @@ import torch
 from random_wan import RANDOM_WAN
 from torch.overrides import TorchFunctionMode
 
-from schemas.errors import ModelNotReady
 from schemas.handoff import PreparedPrompt
 from schemas.presets import NO_LEVERS, Effort, Levers
 from schemas.requests import GenerationParameters
 from serve_graph.engine.checkpoint import GeneratorParts, load_generator_parts
 from serve_graph.engine.denoise import Denoising, denoise_step, pad_embedding
-from serve_graph.engine.job import EngineEvent, Finished
+from serve_graph.engine.job import EngineEvent, Finished, Started
 from serve_graph.engine.text_keys import text_keys
+from serve_graph.scheduling import WorkModel
 
 if TYPE_CHECKING:
     from conftest import MakeEngine, MakeProbe
@@ -297,8 +297,7 @@ def test_no_copy_is_held_where_no_preset_needs_one_or_the_vae_is_in_bfloat16_alr
     already = load_generator_parts(tiny_folder, cpu, "float32", "bfloat16", presets=RANDOM_WAN.presets.values())
 
     assert without.quick_vae is None
-    with pytest.raises(ModelNotReady):
-        without.vae_for(ALL)
+    assert without.vae_for(ALL) is without.vae  # a job that a service with another profile has admitted
     assert already.quick_vae is already.vae
     assert generator_parts.vae_for(NO_LEVERS) is generator_parts.vae
 
@@ -343,6 +342,68 @@ def test_exact_is_bit_for_bit_the_same_alone_and_among_fast_jobs_and_shares_no_f
     assert isinstance(told, Finished)
     assert told.effort.guided_steps == 4
     assert told.effort.cached_forwards > 0
+
+
+def test_jobs_that_differ_in_when_they_are_guided_share_forwards(
+    make_engine: "MakeEngine", make_probe: "MakeProbe", block_rows: tuple[list[int], list[int]]
+) -> None:
+    engine = make_engine()
+    other = make_probe("other", levers=ONE_KEY, num_inference_steps=6)
+    leader = make_probe(
+        "leader",
+        levers=Levers(one_key_padding=True, guidance_interval=(0.0, 0.5)),
+        num_inference_steps=8,
+        on_event=lambda event: engine.submit(other.job) if isinstance(event, Started) else None,
+    )
+    engine.submit(leader.job)
+
+    found = [leader.end(), other.end()]
+    assert all(isinstance(end, Finished) for end in found)
+    assert [end.effort.guided_steps for end in found if isinstance(end, Finished)] == [4, 6]
+    assert set(block_rows[0]) == {1, 2}
+
+
+def test_tokens_of_a_job_whose_guided_steps_are_one_forward_count_twice(
+    generator_parts: GeneratorParts, make_probe: "MakeProbe"
+) -> None:
+    jobs = [make_probe(levers=BATCHED).job, make_probe(levers=BATCHED, guidance_scale=1.0).job, make_probe().job]
+    for job in jobs:
+        job.begin(generator_parts, TEXT_LENGTH)
+    batched, unguided, plain = (job.num_tokens for job in jobs)
+
+    assert batched == 2 * plain
+    assert unguided == plain
+
+
+def test_a_step_of_a_guided_and_an_unguided_job_is_learnt_as_three_forwards(
+    make_engine: "MakeEngine", make_probe: "MakeProbe", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learnt: list[int] = []
+    monkeypatch.setattr(
+        WorkModel, "saw_forwards", lambda model, work, num_forwards, seconds: learnt.append(num_forwards)
+    )
+    engine = make_engine()
+    unguided = make_probe("unguided", guidance_scale=1.0, num_inference_steps=8)
+    guided = make_probe(
+        "guided",
+        num_inference_steps=8,
+        on_event=lambda event: engine.submit(unguided.job) if isinstance(event, Started) else None,
+    )
+    engine.submit(guided.job)
+
+    assert isinstance(guided.end(), Finished)
+    assert isinstance(unguided.end(), Finished)
+    assert sum(learnt) == 8 * 2 + 8
+    assert 3 in learnt
+
+
+def test_what_the_cache_keeps_for_guidance_is_let_go_when_guidance_is_over(
+    generator_parts: GeneratorParts, make_denoising: MakeDenoising
+) -> None:
+    job = make_denoising(Levers(first_block_threshold=0.1, guidance_interval=(0.0, 0.5)))
+    for kept in (True, True, True, False, False, False, False, False):
+        denoise_step(generator_parts.transformer, [job])
+        assert ("uncond" in job.rows) is kept
 
 
 def test_the_one_keys_bias_has_the_dtype_of_the_queries(

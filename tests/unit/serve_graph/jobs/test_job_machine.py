@@ -295,7 +295,7 @@ class JobMachine(RuleBasedStateMachine):
         found = self.all_in_hand(*UNENDED[1:])
         owner, live = found[which % len(found)]
         self.store.fault = fault
-        self.drive(owner, live, lambda recorder: recorder.renew(live))
+        self.drive(owner, live, lambda recorder: recorder.renew(live, live.progress))
 
     @precondition(lambda self: self.all_in_hand(*UNENDED))
     @rule(which=choices, fault=faults, state=st.sampled_from(ENDS), files=st.booleans())

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from schemas.clips import Clip, Timings
+from schemas.health import GpuHealth
+from schemas.presets import Effort
 from serve_graph.on_modal.coldstart import measure, summary
 from serve_graph.on_modal.commands import record_of, write_record
 from serve_graph.on_modal.options import ModalOptions
@@ -34,24 +36,43 @@ CLIP = Clip(
     reproducible=False,
     size_bytes=1,
     sha256="0" * 64,
+    effort=Effort(steps=50, guided_steps=50, forwards=100, cached_forwards=0),
     timings=Timings(total=500.0, denoise=468.0, decode=20.0),
 )
 
 
+L4 = GpuHealth(name="NVIDIA L4", memory_total_bytes=23_600_000_000, memory_used_bytes=0)
+
+
 def test_a_clip_of_480p_is_compared_with_the_card_s_floor(tmp_path: Path) -> None:
-    record = record_of(CLIP, "NVIDIA L4")
+    """28.3 PFLOP over 121 TFLOP/s, by hand."""
+    record = record_of(CLIP, L4)
     write_record(tmp_path, "record_480p", "480p", record)
 
-    assert (record["floor_s"], record["floor_fraction"]) == (234.0, 0.5)
+    assert record["gpu"] == "NVIDIA L4"
+    assert record["floor_s"] == pytest.approx(234, rel=0.002)
+    assert record["floor_fraction"] == pytest.approx(0.5, abs=0.001)
     assert json.loads((tmp_path / "record_480p.json").read_text()) == record
-    assert "| floor_fraction | 0.5 |" in (tmp_path / "record_480p.md").read_text()
+    assert f"| floor_fraction | {record['floor_fraction']} |" in (tmp_path / "record_480p.md").read_text()
+
+
+def test_the_floor_counts_the_forwards_that_were_made() -> None:
+    half = CLIP.model_copy(update={"effort": Effort(steps=50, guided_steps=0, forwards=50, cached_forwards=0)})
+
+    assert record_of(half, L4)["floor_s"] == pytest.approx(record_of(CLIP, L4)["floor_s"] / 2)
 
 
 @pytest.mark.parametrize(
     ("changes", "gpu"),
-    [({"num_inference_steps": 30}, "NVIDIA L4"), ({"model": "wan-tiny"}, "NVIDIA L4"), ({}, "NVIDIA T4"), ({}, None)],
+    [
+        ({"model": "one-of-ones-own"}, L4),
+        ({"effort": CLIP.effort.model_copy(update={"cached_forwards": 1}) if CLIP.effort else None}, L4),
+        ({"effort": None}, L4),
+        ({}, L4.model_copy(update={"name": "NVIDIA L40S"})),
+        ({}, None),
+    ],
 )
-def test_other_work_and_other_cards_have_no_floor(changes: dict[str, Any], gpu: str | None) -> None:
+def test_what_the_plan_does_not_know_has_no_floor(changes: dict[str, Any], gpu: GpuHealth | None) -> None:
     record = record_of(CLIP.model_copy(update=changes), gpu)
 
     assert (record["floor_s"], record["floor_fraction"]) == (None, None)
