@@ -6,8 +6,20 @@ from typing import Annotated, Any, Final, Literal
 import typer
 
 from schemas.official_profiles import PROFILES
+from serve_graph.architecture import ARCHITECTURES
 from serve_graph.cli_client import FAILED, WRONG_USAGE, AsJson, add_row, fail, print_json, stdout, table
-from serve_graph.plan import CONTEXT_BYTES, EFFICIENCY, GPUS, SLACK, Gpu, ModelPlan, Placement, Row, plan_of, rows
+from serve_graph.plan import (
+    CONTEXT_BYTES,
+    EFFICIENCY,
+    GPUS,
+    SLACK,
+    Gpu,
+    ModelPlan,
+    Placement,
+    Row,
+    needs_bfloat16_vae,
+    rows,
+)
 
 _ESTIMATE: Final = (
     f"expected: the floor over {EFFICIENCY:g}, an assumed share of the card's peak. An estimate, not a measurement."
@@ -45,11 +57,14 @@ def plan(
         fail(f"there is no profile {profile!r}; there are {', '.join(PROFILES)}", WRONG_USAGE, as_json)
     on_gpu = text_device == "cuda"
     placement = Placement(
-        dtype, vae_dtype, text_dtype or ("bfloat16" if on_gpu else "float32"), on_gpu, vae_moves=vae == "moved"
+        dtype,
+        vae_dtype,
+        text_dtype or ("bfloat16" if on_gpu else "float32"),
+        on_gpu,
+        vae_moves=vae == "moved",
+        has_bfloat16_vae=needs_bfloat16_vae(PROFILES[profile], vae_dtype),
     )
-    card, planned = GPUS[gpu.value], plan_of(PROFILES[profile], placement)
-    if planned is None:
-        fail(f"the dimensions of {profile} are not known", WRONG_USAGE, as_json)
+    card, planned = GPUS[gpu.value], ModelPlan(PROFILES[profile], ARCHITECTURES[profile], placement)
     found = rows(planned, card, steps=steps, guidance_scale=guidance_scale, price_per_hour=price_per_hour)
     if as_json:
         print_json(_document(planned, card, found, price_per_hour))

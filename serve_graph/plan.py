@@ -245,6 +245,11 @@ def _footprint(parts: Architecture, placed: Placement, rows: int, width: int, he
     )
 
 
+def needs_bfloat16_vae(profile: ModelProfile, vae_dtype: str) -> bool:
+    """Whether the service holds a second copy of the VAE, for presets that decode with it."""
+    return vae_dtype != "bfloat16" and any(preset.levers.bfloat16_decode for preset in profile.presets.values())
+
+
 def plan_of(profile: ModelProfile, placement: Placement) -> ModelPlan | None:
     """None for a profile of one's own: nothing is known of its dimensions."""
     architecture = ARCHITECTURES.get(profile.name)

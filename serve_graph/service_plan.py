@@ -10,7 +10,7 @@ from schemas.estimates import DeviceEstimate, EstimatedWork
 from schemas.health import GpuHealth
 from schemas.model_profile import unique
 from schemas.requests import GenerationParameters
-from serve_graph.plan import EFFICIENCY, Clip, ModelPlan, Placement, card_named, plan_of
+from serve_graph.plan import EFFICIENCY, Clip, ModelPlan, Placement, card_named, needs_bfloat16_vae, plan_of
 from serve_graph.settings import ModelSettings, Settings
 
 _GIB = 2**30
@@ -22,14 +22,13 @@ def placement_of(model: ModelSettings) -> Placement:
 
     `auto` for the text encoder is the GPU: Ray 2.60 hides none from a replica that asked for none.
     """
-    text_on_gpu = model.text_device != "cpu"
+    text_on_gpu, vae_dtype = model.text_device != "cpu", _resolved(model.vae_dtype, on_gpu=True)
     return Placement(
         dtype=_resolved(model.dtype, on_gpu=True),
-        vae_dtype=_resolved(model.vae_dtype, on_gpu=True),
+        vae_dtype=vae_dtype,
         text_dtype=_resolved(model.text_dtype, on_gpu=text_on_gpu),
         text_on_gpu=text_on_gpu,
-        has_bfloat16_vae=_resolved(model.vae_dtype, on_gpu=True) != "bfloat16"
-        and any(preset.levers.bfloat16_decode for preset in model.profile.presets.values()),
+        has_bfloat16_vae=needs_bfloat16_vae(model.profile, vae_dtype),
     )
 
 

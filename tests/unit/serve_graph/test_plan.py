@@ -162,8 +162,10 @@ def test_rows_have_the_default_and_the_longest_frame_count() -> None:
 
 def test_placement_follows_the_settings() -> None:
     profile = WAN_1_3B
-    assert placement_of(ModelSettings(profile=profile)) == Placement()
-    assert placement_of(ModelSettings(profile=profile, text_device="auto")) == TEXT_ON_GPU
+    assert placement_of(ModelSettings(profile=profile)) == Placement(has_bfloat16_vae=True)
+    assert placement_of(ModelSettings(profile=profile, text_device="auto")) == replace(
+        TEXT_ON_GPU, has_bfloat16_vae=True
+    )
     chosen = ModelSettings(profile=profile, dtype="float16", vae_dtype="auto", text_dtype="bfloat16")
     assert placement_of(chosen) == Placement("float16", "bfloat16", "bfloat16")
 
