@@ -51,7 +51,10 @@ class PeerFailed(Exception):
 
 @dataclass
 class Contender(ABC):
-    """What a server is to its clients. `left` is told just before a client goes away."""
+    """What a server is to its clients.
+
+    `left` is told just before the client with a number goes away; `stayed`, where its clip came before it could go.
+    """
 
     name: str
     pid: int
@@ -75,6 +78,9 @@ class Contender(ABC):
 
     @abstractmethod
     async def left(self, number: int) -> None: ...
+
+    @abstractmethod
+    def stayed(self, number: int) -> None: ...
 
     @abstractmethod
     async def wasted_steps(self) -> int:
@@ -101,7 +107,8 @@ class Contender(ABC):
 class Service(Contender):
     """This service. Its answer is a URL; `download` fetches what it leads to."""
 
-    steps_at_leaving: dict[str, int] = field(default_factory=dict)
+    left_at: dict[int, tuple[str, int]] = field(default_factory=dict)
+    """By the client's number: its job, and the step that this was at."""
     last_url: str = ""
 
     async def _clip(self, body: dict[str, Any]) -> None:
@@ -122,12 +129,16 @@ class Service(Contender):
         for listed in JobPage.model_validate_json(answer.content).jobs:
             if listed.parameters.seed == number:  # the list took its time, and steps went on
                 job = Job.model_validate_json((await self.http.get(f"/jobs/{listed.job_id}")).content)
-                self.steps_at_leaving[job.job_id] = 0 if job.progress is None else job.progress.step
+                if not job.state.is_terminal:  # else its clip is on its way, and nothing more is run
+                    self.left_at[number] = job.job_id, 0 if job.progress is None else job.progress.step
+
+    def stayed(self, number: int) -> None:
+        self.left_at.pop(number, None)
 
     async def wasted_steps(self) -> int:
         """All steps of jobs that were cancelled and of those that ended all the same, but not those before leaving."""
         wasted = await self._steps_of_cancelled()
-        for job_id, step in self.steps_at_leaving.items():
+        for job_id, step in self.left_at.values():
             job = Job.model_validate_json((await self.http.get(f"/jobs/{job_id}")).content)
             ended_all_the_same = job.state is JobState.SUCCEEDED
             wasted += job.parameters.num_inference_steps - step if ended_all_the_same else -step
@@ -161,6 +172,9 @@ class Peer(Contender):
 
     async def left(self, number: int) -> None:
         self.left_at[number] = time.monotonic()
+
+    def stayed(self, number: int) -> None:
+        self.left_at.pop(number, None)
 
     async def wasted_steps(self) -> int:
         lines = (self.folder / worker_files.STEPS_FILE).read_text().splitlines()

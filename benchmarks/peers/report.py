@@ -22,6 +22,7 @@ GOAL_LOADS = (0.8, 1.1)
 """Below, nobody waits for anybody, and no server can halve anything."""
 
 _MIB = 2**20
+_NONE = "none in time"
 _NOT_A_RACE = ("jobs in flight at the SIGKILL",)
 """Rows that say what was done, where more or less is no merit."""
 
@@ -35,10 +36,13 @@ class Closed(Part):
 
 
 class Open(Part):
-    """Open arrivals at a share of the bare engine's rate, all rounds. short_mean_s: of each round."""
+    """Open arrivals at a share of the bare engine's rate, all rounds.
+
+    short_mean_s: of each round; None where no short job got a clip.
+    """
 
     load: float
-    short_mean_s: tuple[float, ...]
+    short_mean_s: tuple[float | None, ...]
     waits: dict[Kind, Waits | None]
     failed: int
 
@@ -89,10 +93,10 @@ class Bare(Part):
 
 
 class Goal(Part):
-    """Something that was aimed at. value: what was found."""
+    """Something that was aimed at. value: what was found; None where there is nothing to compare, which is a miss."""
 
     name: str
-    value: float
+    value: float | None
     goal: str
     passed: bool
 
@@ -164,7 +168,7 @@ def _against(ours: Found, best: Found, name: str) -> tuple[Goal, ...]:
     mixed = [
         _at_most(
             f"mean of short jobs at {load:.0%} / {name}",
-            ratios(ours.at_load(load).short_mean_s, best.at_load(load).short_mean_s).median,
+            _ratio_of_means(ours.at_load(load).short_mean_s, best.at_load(load).short_mean_s),
             SHORT_RATIO,
             f"≤ {SHORT_RATIO:.2f}",
         )
@@ -188,8 +192,15 @@ def _against(ours: Found, best: Found, name: str) -> tuple[Goal, ...]:
     )
 
 
-def _at_most(name: str, value: float, limit: float, goal: str) -> Goal:
-    return Goal(name=name, value=value, goal=goal, passed=value <= limit)
+def _ratio_of_means(ours: Sequence[float | None], theirs: Sequence[float | None]) -> float | None:
+    """The median of the rounds; None where one of the two served nothing in one of them."""
+    mine, other = ([mean for mean in means if mean is not None] for means in (ours, theirs))
+    complete = len(mine) == len(ours) and len(other) == len(theirs)
+    return ratios(mine, other).median if complete else None
+
+
+def _at_most(name: str, value: float | None, limit: float, goal: str) -> Goal:
+    return Goal(name=name, value=value, goal=goal, passed=value is not None and value <= limit)
 
 
 def rows(found: Mapping[str, Found]) -> dict[str, list[Row]]:
@@ -266,7 +277,7 @@ def table(title: str, found: Sequence[Row], ours: str) -> Table:
 def _cell(row: Row, name: str, ours: str) -> str:
     value, mine = row.values[name], row.values[ours]
     if value is None:
-        return "none in time"
+        return _NONE
     text = f"{value:.{row.decimals}f}"
     return text if name == ours or not mine else f"{text} ({value / mine:.2f})"
 
@@ -336,5 +347,7 @@ def _tables(report: PeersReport, ours: str) -> list[Table]:
 
 
 def _goal_table(found: Iterable[Goal]) -> Table:
-    cells = tuple((g.name, f"{g.value:.3f}", g.goal, "pass" if g.passed else "MISS") for g in found)
+    cells = tuple(
+        (g.name, _NONE if g.value is None else f"{g.value:.3f}", g.goal, "pass" if g.passed else "MISS") for g in found
+    )
     return Table("Goals", ("what", "value", "goal", "result"), cells, frozenset({2, 3}))

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import httpx
 from rich.console import Console
@@ -296,7 +296,7 @@ def _found(one: Collected, bare: Bare) -> Found:
         ready_s=one.ready_s,
         first_clip_s=one.first_clip_s,
         closed=tuple(_closed(clients, loops, bare) for clients, loops in one.closed.items()),
-        open=tuple(_open(load, served, bare) for load, served in one.open.items()),
+        open=tuple(open_of(load, served, bare) for load, served in one.open.items()),
         leaving=Leaving(clients_gone=gone, wasted_steps=wasted, wasted_step_s=wasted * bare.step_s),
         killed=one.killed,
         peak_pss_bytes=one.peak_pss_bytes,
@@ -311,17 +311,18 @@ def _closed(clients: int, loops: Sequence[Loop], bare: Bare) -> Closed:
     return Closed(clients=clients, clips_per_min=tuple(loop.clips_per_min for loop in loops), waits=found)
 
 
-def _open(load: float, rounds: Sequence[Served], bare: Bare) -> Open:
-    failed = sum(served.failed for served in rounds)
+def open_of(load: float, rounds: Sequence[Served], bare: Bare) -> Open:
+    """Sum up a contender's open traces under one load."""
+    failed = {kind: sum(served.failed[kind] for served in rounds) for kind in STEPS}
 
     def summed(kind: Kind) -> list[float]:
         return [s for served in rounds for s in served.seconds[kind]]
 
     return Open(
         load=load,
-        short_mean_s=tuple(sum(served.seconds["short"]) / len(served.seconds["short"]) for served in rounds),
-        waits={kind: waits(summed(kind), bare.solo_s[kind], failed) for kind in STEPS},
-        failed=failed,
+        short_mean_s=tuple(mean(served.seconds["short"]) if served.seconds["short"] else None for served in rounds),
+        waits={kind: waits(summed(kind), bare.solo_s[kind], failed[kind]) for kind in STEPS},
+        failed=sum(failed.values()),
     )
 
 
