@@ -17,9 +17,9 @@ from s3_servers.ministack import Ministack
 
 from benchmarks.command import RESULTS, run_command
 from benchmarks.machine import Machine, machine
-from benchmarks.processes import Memory, memory, roles
+from benchmarks.processes import TOGETHER, memory_by_role
 from benchmarks.report import versions
-from benchmarks.service import Service, ServiceFailed, running_service, write_config
+from benchmarks.service import ServiceFailed, running_service, write_config
 from benchmarks.tables import Table
 from benchmarks.workload import IN_FLIGHT
 
@@ -99,9 +99,10 @@ def run(clips: int, scratch: Path, console: Console) -> MemoryReport:
             task, made = bar.add_task("clips", total=clips), 0
             while made < clips:
                 made += service.block(made, _BLOCK).num_clips
-                readings.append(Reading(clips=made, pss_bytes=_read(service)))
+                by_role = memory_by_role(service.pid)
+                readings.append(Reading(clips=made, pss_bytes={role: one.pss_bytes for role, one in by_role.items()}))
                 bar.update(task, completed=made)
-    together = [reading.pss_bytes["together"] for reading in readings]
+    together = [reading.pss_bytes[TOGETHER] for reading in readings]
     return MemoryReport(
         created_at=created_at,
         duration_s=time.monotonic() - began,
@@ -111,14 +112,6 @@ def run(clips: int, scratch: Path, console: Console) -> MemoryReport:
         growth=growth(together),
         peak_bytes=max(together),
     )
-
-
-def _read(service: Service) -> dict[str, int]:
-    by_role: dict[str, Memory] = {
-        role: memory([process.pid for process in processes]) for role, processes in roles(service.pid).items()
-    }
-    found = {role: one.pss_bytes for role, one in by_role.items()}
-    return found | {"together": sum(found.values())}
 
 
 def table(report: MemoryReport) -> Table:

@@ -10,18 +10,17 @@ import subprocess
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 from prometheus_client.parser import text_string_to_metric_families
 from s3_servers.process import dies_with_parent
 
 from benchmarks.peers import worker_files
-from benchmarks.processes import Memory, memory, roles
+from benchmarks.processes import TOGETHER, Memory, memory_by_role, roles
 from benchmarks.service import START_TIMEOUT_S, stop_family
 from schemas.clips import Clip
 from schemas.jobs import Job, JobPage, JobState
@@ -91,16 +90,8 @@ class Contender(ABC):
         """The process that holds the model."""
 
     def memory(self) -> Memory:
-        """Of all its processes; one that ends meanwhile is left out."""
-        found: list[Memory] = []
-        for pid in (self.pid, *(child.pid for child in psutil.Process(self.pid).children(recursive=True))):
-            with suppress(OSError, StopIteration):  # it has ended, or has and waits for its parent
-                found.append(memory([pid]))
-        return Memory(
-            num_processes=len(found),
-            peak_rss_bytes=max(one.peak_rss_bytes for one in found),
-            pss_bytes=sum(one.pss_bytes for one in found),
-        )
+        """Of all its processes."""
+        return memory_by_role(self.pid)[TOGETHER]
 
 
 @dataclass

@@ -14,7 +14,7 @@ from random_wan import RANDOM_WAN
 from benchmarks import trace
 from benchmarks.figures import Measure, at_most, keeps_rate, no_slower, ratios, spread, within_overhead
 from benchmarks.machine import Machine
-from benchmarks.processes import Memory, cpu_seconds, memory, role_of
+from benchmarks.processes import TOGETHER, Memory, cpu_seconds, memory, memory_by_role, role_of
 from benchmarks.races import Numbers, Plan
 from benchmarks.report import (
     Agreement,
@@ -147,6 +147,22 @@ def test_memory_and_cpu_time_of_a_process_can_be_read() -> None:
     assert found.num_processes == 1
     assert 0 < found.pss_bytes <= found.peak_rss_bytes
     assert sum(cpu_seconds(os.getpid()).values()) > 0
+
+
+def test_memory_is_that_of_the_processes_that_have_not_ended() -> None:
+    ended = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # it waits for its parent to ask
+
+    assert memory([ended.pid, os.getpid()]).num_processes == 1
+    ended.wait()
+    assert memory([ended.pid]) == Memory(num_processes=0, peak_rss_bytes=0, pss_bytes=0)
+
+
+def test_memory_by_role_ends_with_that_of_all_together() -> None:
+    found = memory_by_role(os.getpid())
+
+    assert list(found)[-1] == TOGETHER
+    assert found[TOGETHER].num_processes == sum(one.num_processes for one in found.values()) / 2
 
 
 def test_stages_are_summed_up_one_by_one() -> None:
