@@ -8,7 +8,7 @@ from rich.console import Console
 
 from benchmarks.figures import Spread
 from benchmarks.machine import Machine
-from benchmarks.tables import Part, Table
+from benchmarks.tables import Part, Table, print_tables, write_report_files
 
 _GIB = 2**30
 
@@ -125,16 +125,12 @@ class GpuReport(Part):
 
 def write_gpu_report(report: GpuReport, folder: Path) -> None:
     """Write `gpu.json` and `gpu.md`, or for a try-out `gpu_try_out.json` and `.md`. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{report.file_name}.json").write_text(report.model_dump_json(indent=2) + "\n")
-    (folder / f"{report.file_name}.md").write_text(markdown(report))
+    write_report_files(report, report.file_name, markdown(report), folder)
 
 
 def print_gpu_report(report: GpuReport, console: Console) -> None:
     """The same tables on a terminal."""
-    for table in tables(report):
-        console.print(table.rich())
-        console.print()
+    print_tables(tables(report), console)
     if report.missing:
         console.print(f"[bold]Missing:[/bold] {'; '.join(report.missing)}")
 

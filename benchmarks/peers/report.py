@@ -2,11 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from statistics import median
 from typing import Protocol
-
-from rich.console import Console
 
 from benchmarks.figures import ratios
 from benchmarks.machine import Machine
@@ -282,20 +279,6 @@ def _cell(row: Row, name: str, ours: str) -> str:
     return text if name == ours or not mine else f"{text} ({value / mine:.2f})"
 
 
-def write_peers_report(report: PeersReport, folder: Path, ours: str) -> None:
-    """Write `peers.json` and `peers.md`. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "peers.json").write_text(report.model_dump_json(indent=2) + "\n")
-    (folder / "peers.md").write_text(markdown(report, ours))
-
-
-def print_peers_report(report: PeersReport, console: Console, ours: str) -> None:
-    """The same tables on a terminal."""
-    for found in _tables(report, ours):
-        console.print(found.rich())
-        console.print()
-
-
 def markdown(report: PeersReport, ours: str) -> str:
     """The Markdown file's text."""
     here, bare = report.machine, report.bare
@@ -329,7 +312,7 @@ machine, the contenders taking turns.{" Tried at a tiny size (`--quick`): no fig
 {left_out}
 """
     where = "\n".join(f"- {line}" for line in behind) or "- nowhere in this run"
-    return head + "\n".join(t.markdown() for t in _tables(report, ours)) + f"\n## Where a peer is better\n\n{where}\n"
+    return head + "\n".join(t.markdown() for t in tables(report, ours)) + f"\n## Where a peer is better\n\n{where}\n"
 
 
 def _samples(found: Found) -> str:
@@ -339,7 +322,8 @@ def _samples(found: Found) -> str:
     return f"{closed}; " + ", ".join(f"{count} {kind} at {load:.0%}" for load, kind, count in counts)
 
 
-def _tables(report: PeersReport, ours: str) -> list[Table]:
+def tables(report: PeersReport, ours: str) -> list[Table]:
+    """The report as tables."""
     return [
         _goal_table(report.goals),
         *(table(title, found, ours) for title, found in rows(report.contenders).items()),
