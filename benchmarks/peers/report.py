@@ -250,13 +250,14 @@ def ahead(table: Iterable[Row], ours: str) -> list[str]:
     for row in table:
         mine = row.values[ours]
         others = {name: value for name, value in row.values.items() if name != ours and value is not None}
-        if not others or mine is None or row.name in _NOT_A_RACE:
+        if not others or row.name in _NOT_A_RACE:
             continue
         best = (max if row.higher_is_better else min)(others, key=lambda name: others[name])
-        if (others[best] > mine) if row.higher_is_better else (others[best] < mine):
-            lines.append(
-                f"{row.name}: {best} {others[best]:.{row.decimals}f}, {ours} {mine:.{row.decimals}f} {row.unit}".strip()
-            )
+        theirs = f"{row.name}: {best} {others[best]:.{row.decimals}f}"
+        if mine is None:
+            lines.append(f"{theirs} {row.unit}".strip() + f", {ours} {_NONE}")
+        elif (others[best] > mine) if row.higher_is_better else (others[best] < mine):
+            lines.append(f"{theirs}, {ours} {mine:.{row.decimals}f} {row.unit}".strip())
     return lines
 
 
