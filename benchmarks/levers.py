@@ -16,7 +16,7 @@ from statistics import fmean
 
 from rich.console import Console
 
-from benchmarks.block import PROMPT_TOKENS, TEXT_TOKENS, TOKENS_PER_LATENT_FRAME, block_times, ratios_to_none
+from benchmarks.block import PROMPT_TOKENS, TEXT_TOKENS, TOKENS_PER_LATENT_FRAME, block_times
 from benchmarks.command import RESULTS, positive, progress, run_command
 from benchmarks.contenders import BareEngine, Outcome, Stock
 from benchmarks.figures import at_most, ratios, spread
@@ -86,9 +86,9 @@ class _Contestant:
     """One variant on an engine; variants without a tuning of their own share one."""
 
     def __init__(self, settings: Settings, engine: BareEngine, preset: Preset) -> None:
-        self._profile = settings.profile
+        self._profile = settings.profile.model_copy(update={"presets": {"exact": EXACT, "fast": preset}})
         self._engine = engine
-        self._preset = preset
+        self._named = {} if preset == EXACT else {"preset": "fast"}
 
     def seconds(self, number: int) -> float:
         """Make one clip, from its prompt to its object in the store."""
@@ -99,12 +99,7 @@ class _Contestant:
 
     def _parameters(self, asked: GenerateRequest) -> GenerationParameters:
         """Under `fast`, whatever the levers: the clip is this benchmark's alone."""
-        exact = self._profile.resolve(asked)
-        if self._preset == EXACT:
-            return exact
-        steps = self._preset.num_inference_steps or exact.num_inference_steps
-        changes = {"preset": "fast", "levers": self._preset.levers, "num_inference_steps": steps}
-        return exact.model_copy(update=changes)
+        return self._profile.resolve(asked.model_copy(update=self._named))
 
 
 @dataclass
@@ -253,7 +248,7 @@ def _block(options: argparse.Namespace, advance: Callable[[], None]) -> BlockRep
         text_tokens=TEXT_TOKENS,
         prompt_tokens=PROMPT_TOKENS,
         seconds={name: spread(times) for name, times in found.items()},
-        ratios=ratios_to_none(found),
+        ratios={name: ratios(times, found["none"]).median for name, times in found.items()},
     )
 
 
