@@ -98,7 +98,8 @@ class Assumption(Part):
 class GpuReport(Part):
     """Everything that a run found out. try_out: on the CPU, of a tiny architecture; its figures say nothing.
 
-    context_bytes: of the card that were taken and not torch's. missing: rows that the budget had no time for.
+    context_bytes: of the card that were taken and not torch's. missing: rows that the budget had no time for, and what
+    needs more memory than the card has, by the plan.
     """
 
     created_at: datetime
@@ -146,8 +147,9 @@ def markdown(report: GpuReport) -> str:
 - Steps: the median of {report.steps_timed} timed after a warm-up, each with a synchronisation; a clip's seconds are
   extrapolated from these to its steps. Whether a forward ends after its first block does depend on values, so both
   kinds were timed; `denoise` is as if none did, `half cached` as if every other did.
-- Of the floor: FLOP without any lever over the card's dense bfloat16 peak, over the seconds. float32 counts as such
-  too, so that is a share of a peak which it can't reach.
+- Of the floor: FLOP over the card's dense bfloat16 peak, over the seconds. FLOP: of a step, its two forwards without
+  any lever; of another stage, its own; of a clip, the forwards that its preset takes, each as if without a lever, and
+  the decode. float32 counts as such too, so that is a share of a peak which it can't reach.
 - Memory: torch's most within the row, with what lay there before (the models of the row).
 """)
     parts += [table.markdown() for table in tables(report)]
