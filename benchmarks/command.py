@@ -1,5 +1,6 @@
 """What the command of every benchmark does around its measuring."""
 
+import argparse
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from serve_graph.settings import ENV_PREFIX
 
@@ -51,3 +53,23 @@ def run_command(
         return _FAILED
     tell(report, console)
     return _FAILED if check and not report.passed else 0
+
+
+def at_least(lowest: int) -> Callable[[str], int]:
+    """What reads an option's number. It raises argparse.ArgumentTypeError, ValueError."""
+
+    def number(text: str) -> int:
+        if (value := int(text)) < lowest:
+            raise argparse.ArgumentTypeError(f"must be at least {lowest:,}")
+        return value
+
+    return number
+
+
+positive = at_least(1)
+
+
+def progress(console: Console) -> Progress:
+    """Bars: what is being done, how much of it, and for how long."""
+    columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)

@@ -161,7 +161,10 @@ DECODES: Final = {
 
 @dataclass
 class Budget:
-    """Seconds for everything. rates: FLOP per second that each kind of row reached last, its overheads included."""
+    """Seconds for everything.
+
+    rates: FLOP per second by kind of row: a guess, until `saw` puts what one has reached, overheads included, there.
+    """
 
     seconds: float
     began: float
@@ -322,7 +325,7 @@ class Bench:
                 choose_attention(self._transformer, "native")  # diffusers made the other one the process's default
             if way.tuning:
                 self._drop()
-                torch._dynamo.reset()  # type: ignore[no-untyped-call]  # torch has no annotation there
+                torch._dynamo.reset()
 
     def _engine_steps(
         self,
@@ -502,9 +505,9 @@ class Bench:
     def _mp4_row(self, size: Resolution) -> None:
         if not self._may_begin(f"mp4 {size.name}", "decode", 0.0, 0.0 if self.card is None else 5.0):
             return
-        frames = _moving_frames(size, self._num_frames)
+        name = f"x264 {EncodeDefaults().preset}, a moving pattern"
 
-        def write() -> None:
+        def write(frames: npt.NDArray[np.uint8]) -> None:
             with (
                 tempfile.TemporaryDirectory(prefix="wan-bench-") as folder,
                 Mp4Writer(
@@ -512,13 +515,17 @@ class Bench:
                     width=size.width,
                     height=size.height,
                     fps=16,
-                    settings=EncodeDefaults(),  # type: ignore[arg-type]  # has what the writer reads
+                    settings=EncodeDefaults(),  # not the service's class, but all that the writer reads
                     metadata={},
                 ) as writer,
             ):
                 writer.write(frames)
 
-        self._timed_stage("mp4", size.name, f"x264 {EncodeDefaults().preset}, a moving pattern", write, None)
+        try:
+            frames = _moving_frames(size, self._num_frames)
+            self._timed_stage("mp4", size.name, name, partial(write, frames), None)
+        except Exception as error:  # no encoder, or no room for the file: the row says so
+            self._failed_stage("mp4", size.name, name, error)
 
     def _timed_stage(
         self, stage: str, size: str, name: str, work: Callable[[], object], flop: int | None, *, warm: bool = True
@@ -762,6 +769,7 @@ def _names(text: str) -> list[str]:
 
 
 def _positive(text: str) -> int:
+    """Not `benchmarks.command`'s, which needs the packages of the service's settings."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError("at least 1")
     return number

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from benchmarks.figures import Spread
 from benchmarks.machine import Machine
-from benchmarks.tables import Part, Table
+from benchmarks.tables import Part, Table, print_tables, write_report_files
 
 _GIB = 2**30
 
@@ -98,7 +98,8 @@ class Assumption(Part):
 class GpuReport(Part):
     """Everything that a run found out. try_out: on the CPU, of a tiny architecture; its figures say nothing.
 
-    context_bytes: of the card that were taken and not torch's. missing: rows that the budget had no time for.
+    context_bytes: of the card that were taken and not torch's. missing: rows that the budget had no time for, and what
+    needs more memory than the card has, by the plan.
     """
 
     created_at: datetime
@@ -125,16 +126,12 @@ class GpuReport(Part):
 
 def write_gpu_report(report: GpuReport, folder: Path) -> None:
     """Write `gpu.json` and `gpu.md`, or for a try-out `gpu_try_out.json` and `.md`. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{report.file_name}.json").write_text(report.model_dump_json(indent=2) + "\n")
-    (folder / f"{report.file_name}.md").write_text(markdown(report))
+    write_report_files(report, report.file_name, markdown(report), folder)
 
 
 def print_gpu_report(report: GpuReport, console: Console) -> None:
     """The same tables on a terminal."""
-    for table in tables(report):
-        console.print(table.rich())
-        console.print()
+    print_tables(tables(report), console)
     if report.missing:
         console.print(f"[bold]Missing:[/bold] {'; '.join(report.missing)}")
 
@@ -150,8 +147,9 @@ def markdown(report: GpuReport) -> str:
 - Steps: the median of {report.steps_timed} timed after a warm-up, each with a synchronisation; a clip's seconds are
   extrapolated from these to its steps. Whether a forward ends after its first block does depend on values, so both
   kinds were timed; `denoise` is as if none did, `half cached` as if every other did.
-- Of the floor: FLOP without any lever over the card's dense bfloat16 peak, over the seconds. float32 counts as such
-  too, so that is a share of a peak which it can't reach.
+- Of the floor: FLOP over the card's dense bfloat16 peak, over the seconds. FLOP: of a step, its two forwards without
+  any lever; of another stage, its own; of a clip, the forwards that its preset takes, each as if without a lever, and
+  the decode. float32 counts as such too, so that is a share of a peak which it can't reach.
 - Memory: torch's most within the row, with what lay there before (the models of the row).
 """)
     parts += [table.markdown() for table in tables(report)]

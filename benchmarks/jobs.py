@@ -12,15 +12,16 @@ from pathlib import Path
 
 import httpx
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from s3_servers.ministack import Ministack
 
 from benchmarks import pages, trace
-from benchmarks.command import RESULTS, run_command
+from benchmarks.command import RESULTS, progress, run_command
 from benchmarks.figures import Comparison, Measure, at_most, keeps_rate, spread
 from benchmarks.machine import machine
-from benchmarks.report import JobsReport, print_jobs_report, versions, write_jobs_report
+from benchmarks.report import JobsReport, jobs_markdown, jobs_tables, versions
 from benchmarks.service import Service, ServiceFailed, running_service, write_config
+from benchmarks.tables import print_tables, write_report_files
 from benchmarks.workload import request
 from serve_graph.engine.checkpoint_folder import SHIPPED
 
@@ -80,8 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def tell(report: JobsReport, console: Console) -> None:
-        write_jobs_report(report, options.out)
-        print_jobs_report(report, console)
+        write_report_files(report, "jobs", jobs_markdown(report), options.out)
+        print_tables(jobs_tables(report), console)
 
     return run_command(run, tell, failures=(ServiceFailed, httpx.HTTPError), check=options.check)
 
@@ -91,8 +92,7 @@ def run(scratch: Path, console: Console) -> JobsReport:
     began, created_at, here = time.monotonic(), datetime.now(UTC), machine()
     measures: list[Measure] = []
     comparisons: list[Comparison] = []
-    columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
+    with progress(console) as bar:
         _pages(scratch, bar, measures, comparisons)
         _accepted(scratch, bar, measures)
         _whose_turn(scratch, bar, measures, comparisons)

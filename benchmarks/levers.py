@@ -15,17 +15,17 @@ from pathlib import Path
 from statistics import fmean
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.block import PROMPT_TOKENS, TEXT_TOKENS, TOKENS_PER_LATENT_FRAME, block_times, ratios_to_none
-from benchmarks.command import RESULTS, run_command
+from benchmarks.block import PROMPT_TOKENS, TEXT_TOKENS, TOKENS_PER_LATENT_FRAME, block_times
+from benchmarks.command import RESULTS, positive, progress, run_command
 from benchmarks.contenders import BareEngine, Outcome, Stock
 from benchmarks.figures import at_most, ratios, spread
-from benchmarks.levers_report import BlockReport, LeversReport, Variant, print_levers_report, write_levers_report
+from benchmarks.levers_report import BlockReport, LeversReport, Variant, markdown, tables
 from benchmarks.likeness import psnr, relative_error, ssim
 from benchmarks.machine import machine
 from benchmarks.report import versions
 from benchmarks.service import write_config
+from benchmarks.tables import print_tables, write_report_files
 from benchmarks.workload import request
 from schemas.presets import EXACT, Effort, Levers, Preset
 from schemas.requests import GenerateRequest, GenerationParameters
@@ -86,9 +86,9 @@ class _Contestant:
     """One variant on an engine; variants without a tuning of their own share one."""
 
     def __init__(self, settings: Settings, engine: BareEngine, preset: Preset) -> None:
-        self._profile = settings.profile
+        self._profile = settings.profile.model_copy(update={"presets": {"exact": EXACT, "fast": preset}})
         self._engine = engine
-        self._preset = preset
+        self._named = {} if preset == EXACT else {"preset": "fast"}
 
     def seconds(self, number: int) -> float:
         """Make one clip, from its prompt to its object in the store."""
@@ -99,12 +99,7 @@ class _Contestant:
 
     def _parameters(self, asked: GenerateRequest) -> GenerationParameters:
         """Under `fast`, whatever the levers: the clip is this benchmark's alone."""
-        exact = self._profile.resolve(asked)
-        if self._preset == EXACT:
-            return exact
-        steps = self._preset.num_inference_steps or exact.num_inference_steps
-        changes = {"preset": "fast", "levers": self._preset.levers, "num_inference_steps": steps}
-        return exact.model_copy(update=changes)
+        return self._profile.resolve(asked.model_copy(update=self._named))
 
 
 @dataclass
@@ -183,8 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
 
     def tell(report: LeversReport, console: Console) -> None:
-        write_levers_report(report, options.out)
-        print_levers_report(report, console)
+        write_report_files(report, "levers", markdown(report), options.out)
+        print_tables(tables(report), console)
 
     return run_command(lambda scratch, console: run(options, scratch, console), tell, check=options.check)
 
@@ -193,9 +188,7 @@ def run(options: argparse.Namespace, scratch: Path, console: Console) -> LeversR
     """Measure everything. scratch: an empty folder for all that is made on the way."""
     began, created_at, here = time.monotonic(), datetime.now(UTC), machine()
     _, settings = write_config(scratch)
-    settings.data_dir.mkdir(exist_ok=True)
-    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
+    with progress(console) as bar:
 
         def task(description: str, total: int) -> Callable[[], None]:
             made = bar.add_task(description, total=total)
@@ -255,7 +248,7 @@ def _block(options: argparse.Namespace, advance: Callable[[], None]) -> BlockRep
         text_tokens=TEXT_TOKENS,
         prompt_tokens=PROMPT_TOKENS,
         seconds={name: spread(times) for name, times in found.items()},
-        ratios=ratios_to_none(found),
+        ratios={name: ratios(times, found["none"]).median for name, times in found.items()},
     )
 
 
@@ -267,11 +260,13 @@ def _turned(names: Sequence[str], turn: int) -> Iterator[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.levers", description=__doc__)
-    parser.add_argument("--clips", type=int, default=12, help="timed clips of each variant (%(default)s)")
-    parser.add_argument("--prompts", type=int, default=48, help="held-out prompts that all render (%(default)s)")
+    parser.add_argument("--clips", type=positive, default=12, help="timed clips of each variant (%(default)s)")
+    parser.add_argument("--prompts", type=positive, default=48, help="held-out prompts that all render (%(default)s)")
     parser.add_argument("--compile", action="store_true", help="regional compilation, too: takes a minute to compile")
-    parser.add_argument("--block-frames", type=int, default=2, help="latent frames of the block at size (%(default)s)")
-    parser.add_argument("--block-rounds", type=int, default=5, help="timed rounds of it (%(default)s)")
+    parser.add_argument(
+        "--block-frames", type=positive, default=2, help="latent frames of the block at size (%(default)s)"
+    )
+    parser.add_argument("--block-rounds", type=positive, default=5, help="timed rounds of it (%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for levers.json and levers.md")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a goal is missed")
     return parser

@@ -1,9 +1,6 @@
 """What `benchmarks.levers` found: its data, and the tables that the terminal and the Markdown file share."""
 
 from datetime import datetime
-from pathlib import Path
-
-from rich.console import Console
 
 from benchmarks.figures import Comparison, Spread
 from benchmarks.machine import Machine
@@ -65,20 +62,6 @@ class LeversReport(Part):
     @property
     def passed(self) -> bool:
         return all(comparison.passed for comparison in self.comparisons)
-
-
-def write_levers_report(report: LeversReport, folder: Path) -> None:
-    """Write `levers.json` and `levers.md`. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "levers.json").write_text(report.model_dump_json(indent=2) + "\n")
-    (folder / "levers.md").write_text(markdown(report))
-
-
-def print_levers_report(report: LeversReport, console: Console) -> None:
-    """The same tables on a terminal."""
-    for table in tables(report):
-        console.print(table.rich())
-        console.print()
 
 
 def markdown(report: LeversReport) -> str:

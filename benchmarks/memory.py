@@ -10,17 +10,15 @@ from pathlib import Path
 from statistics import mean
 
 import httpx
-from pydantic import BaseModel, ConfigDict
 from rich.console import Console
-from rich.progress import Progress
 from s3_servers.ministack import Ministack
 
-from benchmarks.command import RESULTS, run_command
+from benchmarks.command import RESULTS, at_least, progress, run_command
 from benchmarks.machine import Machine, machine
-from benchmarks.processes import Memory, memory, roles
+from benchmarks.processes import TOGETHER, memory_by_role
 from benchmarks.report import versions
-from benchmarks.service import Service, ServiceFailed, running_service, write_config
-from benchmarks.tables import Table
+from benchmarks.service import ServiceFailed, running_service, write_config
+from benchmarks.tables import Part, Table, print_tables, write_report_files
 from benchmarks.workload import IN_FLIGHT
 
 CLIPS = 2_000
@@ -28,22 +26,20 @@ MAX_GROWTH, MAX_BYTES = 1.05, 2 * 2**30
 """Source: the goals of the issue that asked for it."""
 
 _BLOCK = 40
+_FEWEST_CLIPS = 4 * (_BLOCK + 2 * IN_FLIGHT)
+"""Four blocks of as many clips as a closed loop may make: `growth` needs four readings."""
 _MIB = 2**20
 
 
-class Reading(BaseModel):
+class Reading(Part):
     """After so many clips, by role; `together` is everything."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     clips: int
     pss_bytes: dict[str, int]
 
 
-class MemoryReport(BaseModel):
+class MemoryReport(Part):
     """What was read. growth: the last quarter's mean over the second quarter's; the first one warms up."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     created_at: datetime
     duration_s: float
@@ -69,16 +65,16 @@ def growth(values: Sequence[float]) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code: 0, or 1 when it could not measure or, with --check, a goal was missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
-    parser.add_argument("--clips", type=int, default=CLIPS, help="(%(default)s)")
+    parser.add_argument(
+        "--clips", type=at_least(_FEWEST_CLIPS), default=CLIPS, help=f"{_FEWEST_CLIPS} at least (%(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for memory.json and memory.md")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a goal is missed")
     options = parser.parse_args(arguments)
 
     def tell(report: MemoryReport, console: Console) -> None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "memory.json").write_text(report.model_dump_json(indent=2) + "\n")
-        (options.out / "memory.md").write_text(markdown(report))
-        console.print(table(report).rich())
+        write_report_files(report, "memory", markdown(report), options.out)
+        print_tables([table(report)], console)
 
     return run_command(
         lambda scratch, console: run(options.clips, scratch, console),
@@ -95,13 +91,14 @@ def run(clips: int, scratch: Path, console: Console) -> MemoryReport:
     with Ministack(scratch / "ministack") as server:
         os.environ |= {"WAN_S3_ACCESS_KEY": server.info.access_key, "WAN_S3_SECRET_KEY": server.info.secret_key}
         config, settings = write_config(scratch / "service", server.info.endpoint)
-        with running_service(config, settings, scratch / "service") as service, Progress(console=console) as bar:
+        with running_service(config, settings, scratch / "service") as service, progress(console) as bar:
             task, made = bar.add_task("clips", total=clips), 0
             while made < clips:
                 made += service.block(made, _BLOCK).num_clips
-                readings.append(Reading(clips=made, pss_bytes=_read(service)))
+                by_role = memory_by_role(service.pid)
+                readings.append(Reading(clips=made, pss_bytes={role: one.pss_bytes for role, one in by_role.items()}))
                 bar.update(task, completed=made)
-    together = [reading.pss_bytes["together"] for reading in readings]
+    together = [reading.pss_bytes[TOGETHER] for reading in readings]
     return MemoryReport(
         created_at=created_at,
         duration_s=time.monotonic() - began,
@@ -111,14 +108,6 @@ def run(clips: int, scratch: Path, console: Console) -> MemoryReport:
         growth=growth(together),
         peak_bytes=max(together),
     )
-
-
-def _read(service: Service) -> dict[str, int]:
-    by_role: dict[str, Memory] = {
-        role: memory([process.pid for process in processes]) for role, processes in roles(service.pid).items()
-    }
-    found = {role: one.pss_bytes for role, one in by_role.items()}
-    return found | {"together": sum(found.values())}
 
 
 def table(report: MemoryReport) -> Table:

@@ -1,7 +1,7 @@
 """Memory and CPU time of processes, read from /proc. Knows what Ray calls its processes, and nothing of Ray."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import psutil
@@ -19,7 +19,7 @@ _ROLES = (
 )
 """A part of the command line, and the role it stands for; the first that fits counts."""
 
-OTHERS = "others"
+OTHERS, TOGETHER = "others", "together"
 
 
 class Memory(BaseModel):
@@ -54,13 +54,14 @@ def roles(root: int) -> dict[str, list[psutil.Process]]:
 
 
 def memory(pids: Iterable[int]) -> Memory:
-    """The memory of these processes. Raises OSError when one of them has ended."""
-    read = [(_kilobytes(pid, "status", "VmHWM"), _kilobytes(pid, "smaps_rollup", "Pss")) for pid in pids]
-    return Memory(
-        num_processes=len(read),
-        peak_rss_bytes=1024 * max(peak for peak, _ in read),
-        pss_bytes=1024 * sum(pss for _, pss in read),
-    )
+    """The memory of these processes, without those that have ended."""
+    return _summed([one for pid in pids if (one := _read(pid)) is not None])
+
+
+def memory_by_role(root: int) -> dict[str, Memory]:
+    """Of each role among `root` and all below it, in the order of `_ROLES`, and last of all `TOGETHER`."""
+    found = {role: memory(process.pid for process in processes) for role, processes in roles(root).items()}
+    return {role: one for role, one in found.items() if one.num_processes} | {TOGETHER: _summed(found.values())}
 
 
 def cpu_seconds(root: int) -> dict[str, float]:
@@ -76,7 +77,24 @@ def cpu_seconds(root: int) -> dict[str, float]:
     return dict(seconds)
 
 
+def _summed(parts: Collection[Memory]) -> Memory:
+    return Memory(
+        num_processes=sum(one.num_processes for one in parts),
+        peak_rss_bytes=max((one.peak_rss_bytes for one in parts), default=0),
+        pss_bytes=sum(one.pss_bytes for one in parts),
+    )
+
+
+def _read(pid: int) -> Memory | None:
+    """Of one process; None where it has ended, or has and waits for its parent."""
+    try:
+        peak, pss = _kilobytes(pid, "status", "VmHWM"), _kilobytes(pid, "smaps_rollup", "Pss")
+    except (FileNotFoundError, ProcessLookupError, StopIteration):
+        return None
+    return Memory(num_processes=1, peak_rss_bytes=1024 * peak, pss_bytes=1024 * pss)
+
+
 def _kilobytes(pid: int, file: str, name: str) -> int:
-    """The line `name:  1234 kB` of one of a process's files."""
+    """The line `name:  1234 kB` of one of a process's files. Raises OSError or StopIteration where there is none."""
     text = Path(f"/proc/{pid}/{file}").read_text()
     return next(int(line.split()[1]) for line in text.splitlines() if line.startswith(name + ":"))

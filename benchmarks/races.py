@@ -14,7 +14,7 @@ import numpy as np
 from rich.progress import Progress
 
 from benchmarks.child import Child
-from benchmarks.processes import Memory, cpu_seconds, memory, roles
+from benchmarks.processes import Memory, cpu_seconds, memory, memory_by_role
 from benchmarks.service import Service
 from benchmarks.workload import IN_FLIGHT, Block
 from schemas.clips import Timings
@@ -198,19 +198,13 @@ class Races:
             first = self._numbers.take(num_timed + 2 * IN_FLIGHT).start
             _in_turn([partial(by_engine, first), partial(by_service, first)], turn)
         self.findings.memory["engine, after 8 in flight"] = memory([engine.pid])
-        self.findings.memory |= _service_memory(service)
+        *of_roles, (_, together) = memory_by_role(service.pid).items()
+        self.findings.memory |= {f"service: {role}": one for role, one in of_roles} | {"service, together": together}
         by_role = service_cpu.seconds_per_clip()
         self.findings.cpu_s_per_clip = {
             "engine": sum(engine_cpu.seconds_per_clip().values()),
             "service, together": sum(by_role.values()),
         } | {f"service: {role}": seconds for role, seconds in by_role.items()}
-
-
-def _service_memory(service: Service) -> dict[str, Memory]:
-    """Of each role in the service, and of all together."""
-    by_role = {role: [process.pid for process in processes] for role, processes in roles(service.pid).items()}
-    found = {f"service: {role}": memory(pids) for role, pids in by_role.items()}
-    return found | {"service, together": memory([pid for pids in by_role.values() for pid in pids])}
 
 
 def _in_turn(sides: Sequence[Callable[[], None]], turn: int) -> None:

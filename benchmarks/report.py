@@ -5,10 +5,7 @@ import platform
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from importlib.metadata import version
-from pathlib import Path
 from statistics import median
-
-from rich.console import Console
 
 from benchmarks.figures import Comparison, Measure, Spread, Unit
 from benchmarks.machine import Machine
@@ -107,20 +104,6 @@ class JobsReport(Part):
         return all(comparison.passed for comparison in self.comparisons)
 
 
-def write_jobs_report(report: JobsReport, folder: Path) -> None:
-    """Write `jobs.json` and `jobs.md`. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "jobs.json").write_text(report.model_dump_json(indent=2) + "\n")
-    (folder / "jobs.md").write_text(jobs_markdown(report))
-
-
-def print_jobs_report(report: JobsReport, console: Console) -> None:
-    """The same tables on a terminal."""
-    for table in _jobs_tables(report):
-        console.print(table.rich())
-        console.print()
-
-
 def jobs_markdown(report: JobsReport) -> str:
     """The Markdown file's text."""
     here = report.machine
@@ -131,25 +114,12 @@ def jobs_markdown(report: JobsReport) -> str:
 {here.load:.2f}. {packages}.
 
 """
-    return head + "\n".join(table.markdown() for table in _jobs_tables(report))
+    return head + "\n".join(table.markdown() for table in jobs_tables(report))
 
 
-def _jobs_tables(report: JobsReport) -> list[Table]:
+def jobs_tables(report: JobsReport) -> list[Table]:
+    """The report as tables."""
     return [_measures(report.measures), _comparisons(report.comparisons)]
-
-
-def write_report(report: Report, folder: Path) -> None:
-    """Write `bench.json` and `bench.md`. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench.json").write_text(report.model_dump_json(indent=2) + "\n")
-    (folder / "bench.md").write_text(markdown(report))
-
-
-def print_report(report: Report, console: Console) -> None:
-    """The same tables on a terminal."""
-    for table in tables(report):
-        console.print(table.rich())
-        console.print()
 
 
 def markdown(report: Report) -> str:

@@ -12,24 +12,17 @@ from statistics import median
 
 import httpx
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from s3_servers.ministack import Ministack
 
 from benchmarks.child import ChildFailed, child
-from benchmarks.command import RESULTS, run_command
+from benchmarks.command import RESULTS, positive, progress, run_command
 from benchmarks.figures import Comparison, Measure, keeps_rate, no_slower, spread, within_overhead
 from benchmarks.machine import machine
 from benchmarks.races import BesideService, Findings, NotComparable, Plan, Races
-from benchmarks.report import (
-    Agreement,
-    Asked,
-    Report,
-    median_timings,
-    print_report,
-    versions,
-    write_report,
-)
+from benchmarks.report import Agreement, Asked, Report, markdown, median_timings, tables, versions
 from benchmarks.service import ServiceFailed, running_service, write_config
+from benchmarks.tables import print_tables, write_report_files
 from benchmarks.workload import IN_FLIGHT, request
 from serve_graph.settings import Settings, StorageSettings
 from serve_graph.stores import open_signed_store, prepare_store
@@ -43,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
 
     def tell(report: Report, console: Console) -> None:
-        write_report(report, options.out)
-        print_report(report, console)
+        write_report_files(report, "bench", markdown(report), options.out)
+        print_tables(tables(report), console)
 
     return run_command(
         lambda scratch, console: run(Plan(options.clips, options.rounds), scratch, console),
@@ -61,7 +54,7 @@ def run(plan: Plan, scratch: Path, console: Console) -> Report:
     """
     began, created_at, here = time.monotonic(), datetime.now(UTC), machine()
     config, settings = write_config(scratch)
-    with _progress(console) as bar:
+    with progress(console) as bar:
         races = Races(plan, bar)
         agreement = measure(races, bar, scratch, config, settings)
     found = races.findings
@@ -174,33 +167,21 @@ def _flat(blocks: Sequence[Sequence[float]]) -> list[float]:
     return [seconds for block in blocks for seconds in block]
 
 
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run",
         description="Measure diffusers' own pipeline, the bare engine and the service against each other.",
     )
-    parser.add_argument("--clips", type=_positive, default=12, help="clips in a block, one at a time (%(default)s)")
+    parser.add_argument("--clips", type=positive, default=12, help="clips in a block, one at a time (%(default)s)")
     parser.add_argument(
         "--rounds",
-        type=_positive,
+        type=positive,
         default=8,
         help=f"blocks of each contender, one at a time and with {IN_FLIGHT} in flight (%(default)s)",
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for bench.json and bench.md")
     parser.add_argument("--check", action="store_true", help="exit with 1 when a goal is missed")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 if __name__ == "__main__":

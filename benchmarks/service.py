@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from s3_servers.ministack import BUCKETS
 
 from benchmarks.workload import IN_FLIGHT, Block, closed_loop, request
 from schemas.clips import Clip
+from serve_graph.open_ports import free_port
 from serve_graph.server import load_config
 from serve_graph.settings import Settings
 
@@ -87,7 +87,7 @@ def write_config(folder: Path, s3_endpoint: str | None = None, **args_over: Any)
         bucket = {"endpoint": s3_endpoint, "bucket": f"{BUCKETS}bench"}
         args["storage"] |= {"kind": "s3", "s3": bucket, "create_bucket": True}
     args |= args_over
-    config["http_options"]["port"] = _free_port()
+    config["http_options"]["port"] = free_port()
     path = folder / "serve.yaml"
     path.write_text(yaml.safe_dump(config))
     return path, load_config(path).settings
@@ -145,10 +145,3 @@ def stop_family(process: subprocess.Popen[bytes], timeout_s: float) -> None:
         with suppress(psutil.NoSuchProcess):
             left.kill()
     psutil.wait_procs(family, timeout=_KILL_TIMEOUT_S)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

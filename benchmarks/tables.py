@@ -1,8 +1,11 @@
 """What reports are made of: parts, for JSON, and tables of text, for the terminal and for Markdown files."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
+from rich.console import Console
 from rich.table import Table as RichTable
 
 
@@ -36,3 +39,17 @@ class Table:
 
     def _is_prose(self, column: int) -> bool:
         return column == 0 or column in self.prose
+
+
+def write_report_files(report: Part, name: str, markdown: str, folder: Path) -> None:
+    """Write `name`.json and `name`.md. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(report.model_dump_json(indent=2) + "\n")
+    (folder / f"{name}.md").write_text(markdown)
+
+
+def print_tables(tables: Iterable[Table], console: Console) -> None:
+    """On a terminal."""
+    for table in tables:
+        console.print(table.rich())
+        console.print()

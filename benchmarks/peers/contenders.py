@@ -10,18 +10,17 @@ import subprocess
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 from prometheus_client.parser import text_string_to_metric_families
 from s3_servers.process import dies_with_parent
 
 from benchmarks.peers import worker_files
-from benchmarks.processes import Memory, memory, roles
+from benchmarks.processes import TOGETHER, Memory, memory_by_role, roles
 from benchmarks.service import START_TIMEOUT_S, stop_family
 from schemas.clips import Clip
 from schemas.jobs import Job, JobPage, JobState
@@ -51,7 +50,10 @@ class PeerFailed(Exception):
 
 @dataclass
 class Contender(ABC):
-    """What a server is to its clients. `left` is told just before a client goes away."""
+    """What a server is to its clients.
+
+    `left` is told just before the client with a number goes away; `stayed`, where its clip came before it could go.
+    """
 
     name: str
     pid: int
@@ -77,6 +79,9 @@ class Contender(ABC):
     async def left(self, number: int) -> None: ...
 
     @abstractmethod
+    def stayed(self, number: int) -> None: ...
+
+    @abstractmethod
     async def wasted_steps(self) -> int:
         """Steps run since the start for clients who had gone by then."""
 
@@ -85,23 +90,16 @@ class Contender(ABC):
         """The process that holds the model."""
 
     def memory(self) -> Memory:
-        """Of all its processes; one that ends meanwhile is left out."""
-        found: list[Memory] = []
-        for pid in (self.pid, *(child.pid for child in psutil.Process(self.pid).children(recursive=True))):
-            with suppress(OSError, StopIteration):  # it has ended, or has and waits for its parent
-                found.append(memory([pid]))
-        return Memory(
-            num_processes=len(found),
-            peak_rss_bytes=max(one.peak_rss_bytes for one in found),
-            pss_bytes=sum(one.pss_bytes for one in found),
-        )
+        """Of all its processes."""
+        return memory_by_role(self.pid)[TOGETHER]
 
 
 @dataclass
 class Service(Contender):
     """This service. Its answer is a URL; `download` fetches what it leads to."""
 
-    steps_at_leaving: dict[str, int] = field(default_factory=dict)
+    left_at: dict[int, tuple[str, int]] = field(default_factory=dict)
+    """By the client's number: its job, and the step that this was at."""
     last_url: str = ""
 
     async def _clip(self, body: dict[str, Any]) -> None:
@@ -122,12 +120,16 @@ class Service(Contender):
         for listed in JobPage.model_validate_json(answer.content).jobs:
             if listed.parameters.seed == number:  # the list took its time, and steps went on
                 job = Job.model_validate_json((await self.http.get(f"/jobs/{listed.job_id}")).content)
-                self.steps_at_leaving[job.job_id] = 0 if job.progress is None else job.progress.step
+                if not job.state.is_terminal:  # else its clip is on its way, and nothing more is run
+                    self.left_at[number] = job.job_id, 0 if job.progress is None else job.progress.step
+
+    def stayed(self, number: int) -> None:
+        self.left_at.pop(number, None)
 
     async def wasted_steps(self) -> int:
         """All steps of jobs that were cancelled and of those that ended all the same, but not those before leaving."""
         wasted = await self._steps_of_cancelled()
-        for job_id, step in self.steps_at_leaving.items():
+        for job_id, step in self.left_at.values():
             job = Job.model_validate_json((await self.http.get(f"/jobs/{job_id}")).content)
             ended_all_the_same = job.state is JobState.SUCCEEDED
             wasted += job.parameters.num_inference_steps - step if ended_all_the_same else -step
@@ -161,6 +163,9 @@ class Peer(Contender):
 
     async def left(self, number: int) -> None:
         self.left_at[number] = time.monotonic()
+
+    def stayed(self, number: int) -> None:
+        self.left_at.pop(number, None)
 
     async def wasted_steps(self) -> int:
         lines = (self.folder / worker_files.STEPS_FILE).read_text().splitlines()

@@ -12,7 +12,8 @@ from benchmarks.peers.traces import LOADS, STEPS
 _PANEL = (470, 270)
 _LEFT, _TOP, _RIGHT, _BOTTOM = 52, 30, 16, 34
 """Room around a panel's frame for its numbers."""
-_LEGEND = 30
+LEGEND = 30
+"""Height of the strip with the names, above the panels."""
 _COLOURS = ("#c0392b", "#1f5fbf", "#2e8b57", "#8e6bbf")
 _TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
 """Seconds, of the logarithmic scale."""
@@ -23,13 +24,13 @@ Lines = Mapping[str, list[tuple[float, float]]]
 def write_picture(found: Mapping[str, Found], path: Path) -> None:
     """Draw it. Raises OSError."""
     width, height = _PANEL
-    page = Image.new("RGB", (2 * width, _LEGEND + 2 * height), "white")
+    page = Image.new("RGB", (2 * width, LEGEND + 2 * height), "white")
     font = ImageFont.load_default(13)
     colours = dict(zip(found, _COLOURS, strict=False))
     pen = ImageDraw.Draw(page)
     x = _LEFT
     for name, colour in colours.items():
-        pen.line((x, _LEGEND / 2, x + 22, _LEGEND / 2), fill=colour, width=3)
+        pen.line((x, LEGEND / 2, x + 22, LEGEND / 2), fill=colour, width=3)
         pen.text((x + 28, 7), name, fill="black", font=font)
         x += 60 + int(font.getlength(name))
     for column, kind in enumerate(STEPS):
@@ -39,7 +40,7 @@ def write_picture(found: Mapping[str, Found], path: Path) -> None:
                 for name, one in found.items()
             }
             panel = _panel(f"{kind} jobs: {figure}, s, by load", lines, colours, font)
-            page.paste(panel, (column * width, _LEGEND + row * height))
+            page.paste(panel, (column * width, LEGEND + row * height))
     path.parent.mkdir(parents=True, exist_ok=True)
     page.save(path, optimize=True)
 

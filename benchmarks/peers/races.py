@@ -31,10 +31,10 @@ class Loop:
 
 @dataclass(frozen=True)
 class Served:
-    """What came of an open trace. gone: clients who left before their clip was there."""
+    """What came of an open trace. failed: requests without a clip. gone: clients who left before theirs was there."""
 
     seconds: dict[Kind, list[float]]
-    failed: int
+    failed: dict[Kind, int]
     gone: int
 
 
@@ -75,30 +75,40 @@ async def _insist(contender: Contender, number: int) -> None:
 async def run_open(contender: Contender, sent: Sequence[Arrival], first: int) -> Served:
     """Send the trace and wait for all clips but those of clients who leave."""
     began = time.perf_counter()
-    served = Served({kind: [] for kind in STEPS}, 0, 0)
+    seconds: dict[Kind, list[float]] = {kind: [] for kind in STEPS}
+    failed = dict.fromkeys(STEPS, 0)
     outcomes = await asyncio.gather(*(_one(contender, began, first + i, one) for i, one in enumerate(sent)))
     for arrival, outcome in zip(sent, outcomes, strict=True):
         if isinstance(outcome, float):
-            served.seconds[arrival.kind].append(outcome)
-    return Served(served.seconds, outcomes.count("failed"), outcomes.count("gone"))
+            seconds[arrival.kind].append(outcome)
+        elif outcome == "failed":
+            failed[arrival.kind] += 1
+    return Served(seconds, failed, outcomes.count("gone"))
 
 
 async def _one(contender: Contender, began: float, number: int, arrival: Arrival) -> float | str:
     """Seconds to the clip; or what came instead."""
     await asyncio.sleep(began + arrival.at_s - time.perf_counter())
-    sent_at = time.perf_counter()
-    asking = asyncio.create_task(contender.clip(job(number, arrival.kind)))
+    asking = asyncio.create_task(_timed(contender, job(number, arrival.kind)))
     if arrival.leaves_after_s is not None:
         await asyncio.wait([asking], timeout=arrival.leaves_after_s)
         if not asking.done():
             await contender.left(number)
-            asking.cancel()  # closes the connection
-            await asyncio.wait([asking])
-            return "gone"
+            if not asking.done():
+                asking.cancel()  # closes the connection
+                await asyncio.wait([asking])
+                return "gone"
+            contender.stayed(number)  # its clip came while `left` asked
     try:
-        await asking
+        return await asking
     except NoClip:
         return "failed"
+
+
+async def _timed(contender: Contender, request: GenerateRequest) -> float:
+    """Seconds to the clip. Raises NoClip."""
+    sent_at = time.perf_counter()
+    await contender.clip(request)
     return time.perf_counter() - sent_at
 
 
@@ -128,7 +138,8 @@ async def run_kill(
     asking = [asyncio.create_task(ask(request)) for request in jobs]
     await asyncio.wait(asking, timeout=after_s)
     in_flight = [task for task in asking if not task.done()]
-    os.kill(contender.worker(), signal.SIGKILL)
+    with suppress(ProcessLookupError):  # it died before, by itself
+        os.kill(contender.worker(), signal.SIGKILL)
     killed_at = time.perf_counter()
     again = asyncio.create_task(_asked_again(contender, afterwards, again_s))
     if in_flight:

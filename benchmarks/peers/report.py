@@ -2,11 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from statistics import median
 from typing import Protocol
-
-from rich.console import Console
 
 from benchmarks.figures import ratios
 from benchmarks.machine import Machine
@@ -22,6 +19,7 @@ GOAL_LOADS = (0.8, 1.1)
 """Below, nobody waits for anybody, and no server can halve anything."""
 
 _MIB = 2**20
+_NONE = "none in time"
 _NOT_A_RACE = ("jobs in flight at the SIGKILL",)
 """Rows that say what was done, where more or less is no merit."""
 
@@ -35,10 +33,13 @@ class Closed(Part):
 
 
 class Open(Part):
-    """Open arrivals at a share of the bare engine's rate, all rounds. short_mean_s: of each round."""
+    """Open arrivals at a share of the bare engine's rate, all rounds.
+
+    short_mean_s: of each round; None where no short job got a clip.
+    """
 
     load: float
-    short_mean_s: tuple[float, ...]
+    short_mean_s: tuple[float | None, ...]
     waits: dict[Kind, Waits | None]
     failed: int
 
@@ -89,10 +90,10 @@ class Bare(Part):
 
 
 class Goal(Part):
-    """Something that was aimed at. value: what was found."""
+    """Something that was aimed at. value: what was found; None where there is nothing to compare, which is a miss."""
 
     name: str
-    value: float
+    value: float | None
     goal: str
     passed: bool
 
@@ -164,7 +165,7 @@ def _against(ours: Found, best: Found, name: str) -> tuple[Goal, ...]:
     mixed = [
         _at_most(
             f"mean of short jobs at {load:.0%} / {name}",
-            ratios(ours.at_load(load).short_mean_s, best.at_load(load).short_mean_s).median,
+            _ratio_of_means(ours.at_load(load).short_mean_s, best.at_load(load).short_mean_s),
             SHORT_RATIO,
             f"≤ {SHORT_RATIO:.2f}",
         )
@@ -188,8 +189,15 @@ def _against(ours: Found, best: Found, name: str) -> tuple[Goal, ...]:
     )
 
 
-def _at_most(name: str, value: float, limit: float, goal: str) -> Goal:
-    return Goal(name=name, value=value, goal=goal, passed=value <= limit)
+def _ratio_of_means(ours: Sequence[float | None], theirs: Sequence[float | None]) -> float | None:
+    """The median of the rounds; None where one of the two served nothing in one of them."""
+    mine, other = ([mean for mean in means if mean is not None] for means in (ours, theirs))
+    complete = len(mine) == len(ours) and len(other) == len(theirs)
+    return ratios(mine, other).median if complete else None
+
+
+def _at_most(name: str, value: float | None, limit: float, goal: str) -> Goal:
+    return Goal(name=name, value=value, goal=goal, passed=value is not None and value <= limit)
 
 
 def rows(found: Mapping[str, Found]) -> dict[str, list[Row]]:
@@ -242,13 +250,14 @@ def ahead(table: Iterable[Row], ours: str) -> list[str]:
     for row in table:
         mine = row.values[ours]
         others = {name: value for name, value in row.values.items() if name != ours and value is not None}
-        if not others or mine is None or row.name in _NOT_A_RACE:
+        if not others or row.name in _NOT_A_RACE:
             continue
         best = (max if row.higher_is_better else min)(others, key=lambda name: others[name])
-        if (others[best] > mine) if row.higher_is_better else (others[best] < mine):
-            lines.append(
-                f"{row.name}: {best} {others[best]:.{row.decimals}f}, {ours} {mine:.{row.decimals}f} {row.unit}".strip()
-            )
+        theirs = f"{row.name}: {best} {others[best]:.{row.decimals}f}"
+        if mine is None:
+            lines.append(f"{theirs} {row.unit}".strip() + f", {ours} {_NONE}")
+        elif (others[best] > mine) if row.higher_is_better else (others[best] < mine):
+            lines.append(f"{theirs}, {ours} {mine:.{row.decimals}f} {row.unit}".strip())
     return lines
 
 
@@ -266,23 +275,9 @@ def table(title: str, found: Sequence[Row], ours: str) -> Table:
 def _cell(row: Row, name: str, ours: str) -> str:
     value, mine = row.values[name], row.values[ours]
     if value is None:
-        return "none in time"
+        return _NONE
     text = f"{value:.{row.decimals}f}"
     return text if name == ours or not mine else f"{text} ({value / mine:.2f})"
-
-
-def write_peers_report(report: PeersReport, folder: Path, ours: str) -> None:
-    """Write `peers.json` and `peers.md`. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "peers.json").write_text(report.model_dump_json(indent=2) + "\n")
-    (folder / "peers.md").write_text(markdown(report, ours))
-
-
-def print_peers_report(report: PeersReport, console: Console, ours: str) -> None:
-    """The same tables on a terminal."""
-    for found in _tables(report, ours):
-        console.print(found.rich())
-        console.print()
 
 
 def markdown(report: PeersReport, ours: str) -> str:
@@ -318,7 +313,7 @@ machine, the contenders taking turns.{" Tried at a tiny size (`--quick`): no fig
 {left_out}
 """
     where = "\n".join(f"- {line}" for line in behind) or "- nowhere in this run"
-    return head + "\n".join(t.markdown() for t in _tables(report, ours)) + f"\n## Where a peer is better\n\n{where}\n"
+    return head + "\n".join(t.markdown() for t in tables(report, ours)) + f"\n## Where a peer is better\n\n{where}\n"
 
 
 def _samples(found: Found) -> str:
@@ -328,7 +323,8 @@ def _samples(found: Found) -> str:
     return f"{closed}; " + ", ".join(f"{count} {kind} at {load:.0%}" for load, kind, count in counts)
 
 
-def _tables(report: PeersReport, ours: str) -> list[Table]:
+def tables(report: PeersReport, ours: str) -> list[Table]:
+    """The report as tables."""
     return [
         _goal_table(report.goals),
         *(table(title, found, ours) for title, found in rows(report.contenders).items()),
@@ -336,5 +332,7 @@ def _tables(report: PeersReport, ours: str) -> list[Table]:
 
 
 def _goal_table(found: Iterable[Goal]) -> Table:
-    cells = tuple((g.name, f"{g.value:.3f}", g.goal, "pass" if g.passed else "MISS") for g in found)
+    cells = tuple(
+        (g.name, _NONE if g.value is None else f"{g.value:.3f}", g.goal, "pass" if g.passed else "MISS") for g in found
+    )
     return Table("Goals", ("what", "value", "goal", "result"), cells, frozenset({2, 3}))

@@ -12,15 +12,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import httpx
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TaskID
 from s3_servers.ministack import Ministack
 
 from benchmarks.child import Child, ChildFailed, child
-from benchmarks.command import RESULTS, run_command
+from benchmarks.command import RESULTS, positive, progress, run_command
 from benchmarks.machine import machine
 from benchmarks.peers.contenders import OURS, PEERS, Contender, NoClip, PeerFailed, Service, running_peer
 from benchmarks.peers.picture import write_picture
@@ -35,8 +35,8 @@ from benchmarks.peers.report import (
     PeersReport,
     best_peer,
     goals,
-    print_peers_report,
-    write_peers_report,
+    markdown,
+    tables,
 )
 from benchmarks.peers.traces import (
     IN_FIVE,
@@ -54,12 +54,23 @@ from benchmarks.processes import cpu_seconds
 from benchmarks.races import Numbers
 from benchmarks.report import versions
 from benchmarks.service import ServiceFailed, running_service, write_config
+from benchmarks.tables import print_tables, write_report_files
 from benchmarks.workload import IN_FLIGHT
 from serve_graph.engine.checkpoint_folder import locate_checkpoint
 from serve_graph.settings import StorageSettings
 
 LEAVING_LOAD = 0.8
 _PACKAGES = ("fastapi", "uvicorn", "litserve", "cog", "coglet")
+_TELL_VERSIONS = """
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+for name in sys.argv[1:]:
+    try:
+        print(name, version(name))
+    except PackageNotFoundError:
+        pass
+"""
 
 
 @dataclass(frozen=True)
@@ -222,9 +233,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = QUICK if options.quick else replace(FULL, rounds=options.rounds, window_s=options.window)
 
     def tell(report: PeersReport, console: Console) -> None:
-        write_peers_report(report, options.out, OURS)
+        write_report_files(report, "peers", markdown(report, OURS), options.out)
         write_picture(report.contenders, options.out / "peers.png")
-        print_peers_report(report, console, OURS)
+        print_tables(tables(report, OURS), console)
 
     return run_command(
         lambda scratch, console: run(plan, options.python, scratch, console),
@@ -241,9 +252,8 @@ def run(plan: Plan, python: Path, scratch: Path, console: Console) -> PeersRepor
     """
     began, created_at, here = time.monotonic(), datetime.now(UTC), machine()
     left_out: dict[str, str] = {}
-    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with ExitStack() as stack:
-        bar = stack.enter_context(Progress(*columns, console=console))
+        bar = stack.enter_context(progress(console))
         starting = bar.add_task("starting the contenders", total=2 + len(PEERS))
         server = stack.enter_context(Ministack(scratch / "ministack"))
         os.environ |= {"WAN_S3_ACCESS_KEY": server.info.access_key, "WAN_S3_SECRET_KEY": server.info.secret_key}
@@ -263,7 +273,9 @@ def run(plan: Plan, python: Path, scratch: Path, console: Console) -> PeersRepor
         checkpoint = locate_checkpoint(settings.profile, None, None).folder
         for name in PEERS:
             try:
-                bench.join(stack.enter_context(running_peer(name, python, checkpoint, scratch / name)))
+                with ExitStack() as own:  # which stops a peer that is left out
+                    bench.join(own.enter_context(running_peer(name, python, checkpoint, scratch / name)))
+                    stack.push(own.pop_all())
             except (PeerFailed, NoClip, OSError) as error:
                 left_out[name] = str(error)
             bar.advance(starting)
@@ -296,7 +308,7 @@ def _found(one: Collected, bare: Bare) -> Found:
         ready_s=one.ready_s,
         first_clip_s=one.first_clip_s,
         closed=tuple(_closed(clients, loops, bare) for clients, loops in one.closed.items()),
-        open=tuple(_open(load, served, bare) for load, served in one.open.items()),
+        open=tuple(open_of(load, served, bare) for load, served in one.open.items()),
         leaving=Leaving(clients_gone=gone, wasted_steps=wasted, wasted_step_s=wasted * bare.step_s),
         killed=one.killed,
         peak_pss_bytes=one.peak_pss_bytes,
@@ -311,30 +323,37 @@ def _closed(clients: int, loops: Sequence[Loop], bare: Bare) -> Closed:
     return Closed(clients=clients, clips_per_min=tuple(loop.clips_per_min for loop in loops), waits=found)
 
 
-def _open(load: float, rounds: Sequence[Served], bare: Bare) -> Open:
-    failed = sum(served.failed for served in rounds)
+def open_of(load: float, rounds: Sequence[Served], bare: Bare) -> Open:
+    """Sum up a contender's open traces under one load."""
+    failed = {kind: sum(served.failed[kind] for served in rounds) for kind in STEPS}
 
     def summed(kind: Kind) -> list[float]:
         return [s for served in rounds for s in served.seconds[kind]]
 
     return Open(
         load=load,
-        short_mean_s=tuple(sum(served.seconds["short"]) / len(served.seconds["short"]) for served in rounds),
-        waits={kind: waits(summed(kind), bare.solo_s[kind], failed) for kind in STEPS},
-        failed=failed,
+        short_mean_s=tuple(mean(served.seconds["short"]) if served.seconds["short"] else None for served in rounds),
+        waits={kind: waits(summed(kind), bare.solo_s[kind], failed[kind]) for kind in STEPS},
+        failed=sum(failed.values()),
     )
 
 
 def _versions_of_peers(python: Path) -> dict[str, str]:
-    script = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
-    told = subprocess.run([python, "-c", script, *_PACKAGES], capture_output=True, text=True, check=False)
-    return dict(zip(_PACKAGES, told.stdout.split(), strict=False))
+    command = [str(python), "-c", _TELL_VERSIONS, *_PACKAGES]
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    return {name: number for name, number in (line.split() for line in told.stdout.splitlines())}
+
+
+def _interpreter(text: str) -> Path:
+    if not os.access(text, os.X_OK):
+        raise argparse.ArgumentTypeError(f"{text} can't be run; `make bench-peers` makes the environment")
+    return Path(text)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers.run", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="everything, but so little of it that no figure counts")
-    parser.add_argument("--rounds", type=int, default=FULL.rounds, help="turns of each contender (%(default)s)")
+    parser.add_argument("--rounds", type=positive, default=FULL.rounds, help="turns of each contender (%(default)s)")
     parser.add_argument(
         "--window", type=float, default=FULL.window_s, help="seconds in which an open trace's jobs come (%(default)s)"
     )
@@ -342,8 +361,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true", help="exit with 1 when a goal is missed")
     parser.add_argument(
         "--python",
-        type=Path,
-        default=Path(sys.prefix) / "peers" / "bin" / "python",
+        type=_interpreter,
+        default=f"{sys.prefix}/peers/bin/python",
         help="of the environment with the peers' packages (%(default)s)",
     )
     return parser

@@ -14,18 +14,10 @@ from random_wan import RANDOM_WAN
 from benchmarks import trace
 from benchmarks.figures import Measure, at_most, keeps_rate, no_slower, ratios, spread, within_overhead
 from benchmarks.machine import Machine
-from benchmarks.processes import Memory, cpu_seconds, memory, role_of
+from benchmarks.processes import TOGETHER, Memory, cpu_seconds, memory, memory_by_role, role_of
 from benchmarks.races import Numbers, Plan
-from benchmarks.report import (
-    Agreement,
-    Asked,
-    JobsReport,
-    Report,
-    markdown,
-    median_timings,
-    write_jobs_report,
-    write_report,
-)
+from benchmarks.report import Agreement, Asked, JobsReport, Report, jobs_markdown, markdown, median_timings
+from benchmarks.tables import write_report_files
 from benchmarks.workload import IN_FLIGHT, closed_loop, request
 from schemas.clips import Timings
 from serve_graph.settings import EncodeSettings, EngineSettings, TextSettings
@@ -149,6 +141,22 @@ def test_memory_and_cpu_time_of_a_process_can_be_read() -> None:
     assert sum(cpu_seconds(os.getpid()).values()) > 0
 
 
+def test_memory_is_that_of_the_processes_that_have_not_ended() -> None:
+    ended = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # it waits for its parent to ask
+
+    assert memory([ended.pid, os.getpid()]).num_processes == 1
+    ended.wait()
+    assert memory([ended.pid]) == Memory(num_processes=0, peak_rss_bytes=0, pss_bytes=0)
+
+
+def test_memory_by_role_ends_with_that_of_all_together() -> None:
+    found = memory_by_role(os.getpid())
+
+    assert list(found)[-1] == TOGETHER
+    assert found[TOGETHER].num_processes == sum(one.num_processes for one in found.values()) / 2
+
+
 def test_stages_are_summed_up_one_by_one() -> None:
     found = median_timings([Timings(denoise=1, decode=5), Timings(denoise=2, decode=4), Timings(denoise=9, decode=3)])
 
@@ -158,7 +166,7 @@ def test_stages_are_summed_up_one_by_one() -> None:
 def test_report_is_written_as_json_that_reads_back_and_as_markdown(tmp_path: Path) -> None:
     report = make_report()
 
-    write_report(report, tmp_path / "results")
+    write_report_files(report, "bench", markdown(report), tmp_path / "results")
 
     assert Report.model_validate_json((tmp_path / "results" / "bench.json").read_text()) == report
     assert (tmp_path / "results" / "bench.md").read_text() == markdown(report)
@@ -201,7 +209,7 @@ def test_arrivals_are_the_same_for_each_seed_and_ordered_in_time() -> None:
     assert {arrival.is_long for arrival in sent} == {True, False}
 
 
-def test_jobs_report_has_a_row_for_each_measure_and_each_goal(tmp_path: Path) -> None:
+def test_jobs_report_has_a_row_for_each_measure_and_each_goal() -> None:
     report = JobsReport(
         created_at=datetime(2026, 11, 5, 12, 0, tzinfo=UTC),
         duration_s=12.0,
@@ -210,9 +218,8 @@ def test_jobs_report_has_a_row_for_each_measure_and_each_goal(tmp_path: Path) ->
         measures=(Measure(name="accepted as batches", unit="items/s", spread=spread([100.0, 200.0, 300.0])),),
         comparisons=(at_most("page with many / few", [1.2], [1.0], share=1.5),),
     )
-    write_jobs_report(report, tmp_path)
 
-    text = (tmp_path / "jobs.md").read_text()
+    text = jobs_markdown(report)
     assert "| accepted as batches | 200" in text
     assert "| page with many / few | 1.200 |" in text
-    assert JobsReport.model_validate_json((tmp_path / "jobs.json").read_text()) == report
+    assert JobsReport.model_validate_json(report.model_dump_json()) == report

@@ -1,8 +1,10 @@
 """The pure parts of `make bench-peers`: traces, statistics, goals, report, picture."""
 
+import asyncio
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,10 @@ import pytest
 from PIL import Image
 
 from benchmarks.memory import growth
-from benchmarks.peers.picture import write_picture
+from benchmarks.memory import main as measure_memory
+from benchmarks.peers.contenders import Contender, NoClip
+from benchmarks.peers.picture import LEGEND, write_picture
+from benchmarks.peers.races import run_open
 from benchmarks.peers.report import (
     Bare,
     Closed,
@@ -26,12 +31,14 @@ from benchmarks.peers.report import (
     goals,
     markdown,
     rows,
-    write_peers_report,
 )
+from benchmarks.peers.run import main, open_of
 from benchmarks.peers.traces import (
     IN_FIVE,
     LOADS,
     STEPS,
+    Arrival,
+    Kind,
     Waits,
     arrivals,
     long_job,
@@ -121,6 +128,80 @@ def test_waits_count_what_failed_as_not_in_time() -> None:
 
 def test_waits_of_nothing_are_none() -> None:
     assert waits([], solo_s=1.0, failed=3) is None
+
+
+SOLO_S: dict[Kind, float] = {"short": 1.0, "long": 4.0}
+
+
+class Scripted(Contender):
+    """A contender that answers by the client's number, and is told who left."""
+
+    def __init__(self, fails: Sequence[int] = (), left_takes_s: float = 0.0, clip_takes_s: float = 0.0) -> None:
+        super().__init__("scripted", os.getpid(), "http://scripted", 0.0)
+        self._fails, self._left_takes_s, self._clip_takes_s = fails, left_takes_s, clip_takes_s
+        self.gone: set[int] = set()
+
+    async def _clip(self, body: dict[str, Any]) -> None:
+        if body["seed"] in self._fails:
+            raise NoClip("scripted")
+        await asyncio.sleep(self._clip_takes_s)
+
+    async def left(self, number: int) -> None:
+        self.gone.add(number)
+        await asyncio.sleep(self._left_takes_s)
+
+    def stayed(self, number: int) -> None:
+        self.gone.discard(number)
+
+    async def wasted_steps(self) -> int:
+        return 0
+
+    def worker(self) -> int:
+        return self.pid
+
+
+def test_requests_that_failed_count_against_their_own_kind() -> None:
+    sent = [Arrival(0.0, "short"), Arrival(0.0, "short"), Arrival(0.0, "long"), Arrival(0.0, "long")]
+    served = asyncio.run(run_open(Scripted(fails=[10, 12, 13]), sent, first=10))
+
+    assert served.failed == {"short": 1, "long": 2}
+    found = open_of(0.8, [served], Bare(solo_s=SOLO_S, step_s=0.01, rate=3.0))
+    assert found.failed == 3
+    assert found.waits["short"] is not None
+    assert found.waits["short"].within == 1 / 2
+    assert found.waits["long"] is None
+
+
+def test_a_trace_without_a_clip_is_a_missed_goal_and_no_end_of_the_run() -> None:
+    served = asyncio.run(run_open(Scripted(fails=[0, 1]), [Arrival(0.0, "short"), Arrival(0.0, "long")], first=0))
+    nothing = open_of(0.8, [served, served], Bare(solo_s=SOLO_S, step_s=0.01, rate=3.0))
+    peer = make_found()
+    peer = peer.model_copy(update={"open": tuple(nothing if one.load == 0.8 else one for one in peer.open)})
+
+    missed = [goal for goal in goals(make_ours(), peer, "cog", [(0.3, 0.3)]) if not goal.passed]
+
+    assert nothing.short_mean_s == (None, None)
+    assert [(goal.name, goal.value) for goal in missed] == [("mean of short jobs at 80% / cog", None)]
+    text = markdown(make_report({OURS: make_ours(), "cog": peer}), OURS)
+    assert "| mean of short jobs at 80% / cog | none in time | ≤ 0.50 | MISS |" in text
+
+
+def test_a_client_that_leaves_in_time_is_gone() -> None:
+    contender = Scripted(clip_takes_s=60.0)
+    served = asyncio.run(run_open(contender, [Arrival(0.0, "short", leaves_after_s=0.0)], first=7))
+
+    assert (served.gone, served.seconds["short"], contender.gone) == (1, [], {7})
+
+
+def test_a_clip_that_comes_while_its_client_is_about_to_leave_is_served() -> None:
+    contender = Scripted(clip_takes_s=0.02, left_takes_s=0.2)
+    served = asyncio.run(run_open(contender, [Arrival(0.0, "short", leaves_after_s=0.0)], first=7))
+
+    assert (served.gone, len(served.seconds["short"]), contender.gone) == (0, 1, set())
+
+
+def test_memory_of_a_contender_counts_its_process() -> None:
+    assert Scripted().memory().num_processes >= 1
 
 
 def test_arrivals_are_the_same_for_each_seed_and_one_in_five_is_long() -> None:
@@ -229,14 +310,21 @@ def test_a_peer_that_is_better_is_named() -> None:
     assert not [line for line in lines if line.startswith(("50%, short: mean", "jobs"))]
 
 
-def test_report_is_written_as_json_that_reads_back_and_as_even_tables(tmp_path: Path) -> None:
+def test_a_peer_that_has_a_figure_where_we_have_none_is_named() -> None:
+    ours = make_ours(killed=Killed(in_flight=8, lost=8, serves_again_s=None))
+    peer = make_found(killed=Killed(in_flight=8, lost=8, serves_again_s=7.0))
+
+    lines = ahead(rows({OURS: ours, "LitServe": peer})["The rest"], OURS)
+
+    assert "SIGKILL to the next clip: LitServe 7.0 s, wan-serve none in time" in lines
+
+
+def test_report_is_json_that_reads_back_and_even_tables() -> None:
     report = make_report({OURS: make_ours(), "FastAPI": make_found(rate=90.0), "LitServe": make_found()})
 
-    write_peers_report(report, tmp_path, OURS)
+    text = markdown(report, OURS)
 
-    text = (tmp_path / "peers.md").read_text()
-    assert PeersReport.model_validate_json((tmp_path / "peers.json").read_text()) == report
-    assert text == markdown(report, OURS)
+    assert PeersReport.model_validate_json(report.model_dump_json()) == report
     assert "| 16 clients: clips | per min | 120.0 | 90.0 (0.75) | 100.0 (0.83) |" in text
     assert "| SIGKILL to the next clip | s | 9.0 | none in time | none in time |" in text
     assert "| clips per minute, 16 clients / LitServe | 1.200 | ≥ 1.00 | pass |" in text
@@ -250,7 +338,8 @@ def test_picture_has_a_line_for_each_contender(tmp_path: Path) -> None:
     write_picture({OURS: make_ours(), "FastAPI": make_found(), "cog": make_found(seconds=30.0)}, tmp_path / "p.png")
 
     with Image.open(tmp_path / "p.png") as picture:
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(2**24) or []}
+        panels = picture.convert("RGB").crop((0, LEGEND, *picture.size))  # the legend has all colours anyway
+        colours = {colour for _, colour in panels.getcolors(2**24) or []}
     assert {(0xC0, 0x39, 0x2B), (0x1F, 0x5F, 0xBF), (0x2E, 0x8B, 0x57)} <= colours
 
 
@@ -261,3 +350,19 @@ def test_help_is_told_without_measuring() -> None:
 
     assert told.returncode == 0
     assert all(option in told.stdout for option in ("--quick", "--rounds", "--window", "--out", "--check", "--python"))
+
+
+def test_an_interpreter_that_is_not_there_is_told_before_anything_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--python", "/nowhere/python"])
+
+    assert ended.value.code == 2
+    assert "/nowhere/python can't be run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("clips", ["0", "223"])
+def test_too_few_clips_for_a_growth_are_refused(clips: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        measure_memory(["--clips", clips])
+
+    assert "must be at least 224" in capsys.readouterr().err

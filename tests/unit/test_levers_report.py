@@ -1,12 +1,11 @@
 """The report of `benchmarks.levers`: what its tables and its Markdown say."""
 
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
 
 from benchmarks.figures import Comparison, at_most, spread
-from benchmarks.levers_report import BlockReport, LeversReport, Variant, write_levers_report
+from benchmarks.levers_report import BlockReport, LeversReport, Variant, markdown
 from benchmarks.machine import Machine
 from schemas.official_profiles import WAN_TINY
 from schemas.presets import Effort
@@ -54,14 +53,11 @@ def report_of(comparison: Comparison) -> LeversReport:
 
 
 @pytest.mark.parametrize(("seconds", "verdict"), [([0.3], "pass"), ([0.4], "MISS")])
-def test_markdown_has_each_variant_each_preset_and_each_goal(
-    seconds: list[float], verdict: str, tmp_path: Path
-) -> None:
+def test_markdown_has_each_variant_each_preset_and_each_goal(seconds: list[float], verdict: str) -> None:
     report = report_of(at_most("fast / stock", seconds, [1.0], share=0.35))
 
-    write_levers_report(report, tmp_path)
+    text = markdown(report)
 
-    text = (tmp_path / "levers.md").read_text()
     assert report.passed == (verdict == "pass")
     assert f"| fast / stock | {seconds[0]:.3f} |" in text
     assert f"| ratio ≤ 0.35 | {verdict} |" in text
@@ -71,4 +67,4 @@ def test_markdown_has_each_variant_each_preset_and_each_goal(
     assert "- `exact`: no lever\n" in text
     assert "- `fast`: 6 steps, guidance_interval (0.0, 0.6), batched_guidance" in text
     assert "3,120 latent tokens" in text
-    assert LeversReport.model_validate_json((tmp_path / "levers.json").read_text()) == report
+    assert LeversReport.model_validate_json(report.model_dump_json()) == report
