@@ -188,7 +188,7 @@ class TestPreflight:
 
         assert done.exit_code == 1
         assert done.output.strip() == (
-            "error: wan2.1-t2v-14b does not fit on WAN_GPU=L4: it needs 35.7 GiB for its smallest clip, "
+            "error: wan2.1-t2v-14b does not fit on WAN_GPU=L4: it needs 35.9 GiB for its smallest clip, "
             "and there are 22.0; it would with an A100-40GB"
         )
 

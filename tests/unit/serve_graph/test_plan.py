@@ -177,7 +177,7 @@ def test_a_model_that_fits_no_clip_on_the_gpu_does_not_start() -> None:
         check_start(settings(WAN_14B.name), "NVIDIA L4", L4.memory_bytes)
 
     assert str(refusal.value) == (
-        "wan2.1-t2v-14b does not fit on NVIDIA L4: it needs 35.7 GiB for its smallest clip, and there are 22.0; "
+        "wan2.1-t2v-14b does not fit on NVIDIA L4: it needs 35.9 GiB for its smallest clip, and there are 22.0; "
         "it would with an A100-40GB"
     )
 

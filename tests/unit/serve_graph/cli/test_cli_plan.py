@@ -30,7 +30,7 @@ def test_plan_shows_what_is_where_and_that_it_is_an_estimate() -> None:
     assert "on the GPU   transformer bfloat16 2.6 GiB, VAE float32 0.5 GiB" in done.stdout
     assert "on the host  text encoder float32 21.2 GiB" in done.stdout
     (row,) = [line for line in done.stdout.splitlines() if line.startswith("480p 16:9 (832x480)")]
-    assert " ".join(row.split()[3:]) == "81 3.1 GiB 1.5 GiB 7.2 GiB 11.7 GiB yes 236 s 590 s 0.131"
+    assert " ".join(row.split()[3:]) == "81 3.4 GiB 1.5 GiB 7.2 GiB 11.9 GiB yes 236 s 590 s 0.131"
     assert "An estimate, not a measurement." in done.stdout
 
 

@@ -126,7 +126,7 @@ def test_int8_weights_say_what_to_install_where_torchao_is_missing(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
 
-    with pytest.raises(ModelNotReady, match=r"pip install 'wan-serve\[int8\]'"):
+    with pytest.raises(ModelNotReady, match=r"pip install -e '.\[int8\]'"):
         tune(own_parts, int8_weights=True)
 
 
