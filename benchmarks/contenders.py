@@ -27,10 +27,11 @@ from schemas.jobs import RenderedClip, clip_id_of, new_job_id
 from schemas.presets import Effort
 from schemas.requests import GenerateRequest, GenerationParameters
 from serve_graph.encode import X264_PARAMS
-from serve_graph.engine.checkpoint import GeneratorParts, load_generator_parts, load_text_parts
+from serve_graph.engine.checkpoint import GeneratorParts, load_generator_parts
 from serve_graph.engine.checkpoint_folder import locate_checkpoint
 from serve_graph.engine.job import Denoised, EngineEvent, EngineJob, Failed, Finished
 from serve_graph.engine.loop import Engine, EngineLimits
+from serve_graph.engine.text_checkpoint import load_text_parts
 from serve_graph.metrics import GeneratorMetrics, PreprocessorMetrics, new_registry
 from serve_graph.render import Renderer
 from serve_graph.settings import Settings

@@ -15,6 +15,7 @@ from schemas.errors import ModelNotReady, WorkerLost
 from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask
 from schemas.health import GeneratorHealth, GpuHealth, ModelHealth
 from schemas.requests import GenerationParameters
+from serve_graph.imports import without_collector
 from serve_graph.logs import configure_logging, log_event, log_failure
 from serve_graph.metrics import GeneratorMetrics, new_registry, snapshot
 from serve_graph.preprocessor import TEXT_ENCODER_GPUS
@@ -34,11 +35,13 @@ class Generator:
     """Loads the model, then renders clips until the process ends."""
 
     def __init__(self, settings: Settings) -> None:
-        import torch
+        with without_collector():
+            import torch
 
-        from serve_graph.engine import checkpoint
-        from serve_graph.engine.checkpoint_folder import locate_checkpoint
-        from serve_graph.engine.tuning import tune
+            from serve_graph.engine.checkpoint import load_generator_parts
+            from serve_graph.engine.checkpoint_folder import locate_checkpoint
+            from serve_graph.engine.devices import pick_device, resolve_dtype
+            from serve_graph.engine.tuning import tune
 
         context = serve.get_replica_context()
         self._replica = context.replica_id.unique_id
@@ -47,15 +50,15 @@ class Generator:
         torch.set_num_threads(settings.engine.num_threads)
         self._settings = settings
         model, profile = settings.model, settings.profile
-        device = checkpoint.pick_device("cpu" if model.load_on_cpu else model.device, "model.device")
+        device = pick_device("cpu" if model.load_on_cpu else model.device, "model.device")
         runs_on = torch.device("cuda") if model.load_on_cpu and model.device != "cpu" else device
         gpu = _gpu(device)
         if gpu is not None:
             check_start(settings, gpu.name, gpu.memory_total_bytes)
-        dtype = checkpoint.resolve_dtype(model.dtype, runs_on)
+        dtype = resolve_dtype(model.dtype, runs_on)
         found = locate_checkpoint(profile, model.path, model.revision)
-        vae_dtype = checkpoint.resolve_dtype(model.vae_dtype, runs_on)
-        self._parts = checkpoint.load_generator_parts(
+        vae_dtype = resolve_dtype(model.vae_dtype, runs_on)
+        self._parts = load_generator_parts(
             found.folder, device, dtype, vae_dtype, runs_on, presets=profile.presets.values()
         )
         tune(
@@ -115,13 +118,14 @@ class Generator:
 
     def awaken(self, environment: dict[str, str], storage: StorageSettings) -> None:
         """Begin to work, with these variables in the environment: after a snapshot it is another container's."""
-        from serve_graph.engine import checkpoint
+        from serve_graph.engine.checkpoint import moved
+        from serve_graph.engine.devices import pick_device
 
         renew_process(environment)
         self._settings = self._settings.model_copy(update={"storage": storage})
         if self._settings.model.load_on_cpu:
-            device = checkpoint.pick_device(self._settings.model.device, "model.device")
-            self._parts = checkpoint.moved(self._parts, device)
+            device = pick_device(self._settings.model.device, "model.device")
+            self._parts = moved(self._parts, device)
             self._device = device
             self._model = self._model.model_copy(update={"device": str(device)})
         self._begin()

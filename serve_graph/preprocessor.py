@@ -14,6 +14,7 @@ from ray import serve
 from schemas.errors import WorkerLost
 from schemas.handoff import PreparedPrompt, TextEmbedding, TextItem
 from schemas.requests import GenerationParameters
+from serve_graph.imports import without_collector
 from serve_graph.logs import configure_logging, log_event
 from serve_graph.metrics import PreprocessorMetrics, new_registry, snapshot
 from serve_graph.niceness import step_back
@@ -30,11 +31,13 @@ class Preprocessor:
     """Counts tokens and encodes prompts, those that arrive together in one forward."""
 
     def __init__(self, settings: Settings) -> None:
-        import torch
+        with without_collector():
+            import torch
 
-        from serve_graph.engine import checkpoint
-        from serve_graph.engine.checkpoint_folder import locate_checkpoint
-        from serve_graph.text_encoding import TextEncoder
+            from serve_graph.engine.checkpoint_folder import locate_checkpoint
+            from serve_graph.engine.devices import pick_device, resolve_dtype
+            from serve_graph.engine.text_checkpoint import load_text_parts
+            from serve_graph.text_encoding import TextEncoder
 
         step_back()
         context = serve.get_replica_context()
@@ -43,12 +46,12 @@ class Preprocessor:
         configure_logging(level=settings.log_level, deployment=self._deployment, replica=self._replica)
         torch.set_num_threads(settings.text.num_threads)
         profile, model = settings.profile, settings.model
-        device = checkpoint.pick_device(model.text_device, "model.text_device")
+        device = pick_device(model.text_device, "model.text_device")
         found = locate_checkpoint(profile, model.path, model.revision)
         self._registry = new_registry()
         self._metrics = PreprocessorMetrics(self._registry)
         self._encoder = TextEncoder(
-            checkpoint.load_text_parts(found.folder, device, checkpoint.resolve_dtype(model.text_dtype, device)),
+            load_text_parts(found.folder, device, resolve_dtype(model.text_dtype, device)),
             profile.max_sequence_length,
             settings.text.cache_bytes,
             self._metrics,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from schemas.handoff import TextEmbedding, TextItem
-from serve_graph.engine.checkpoint import TextParts
+from serve_graph.engine.text_checkpoint import TextParts
 from serve_graph.metrics import PreprocessorMetrics
 from serve_graph.token_counting import TokenCounter
 

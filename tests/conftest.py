@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from diffusers import WanPipeline
     from prometheus_client import CollectorRegistry
 
-    from serve_graph.engine.checkpoint import GeneratorParts, TextParts
+    from serve_graph.engine.checkpoint import GeneratorParts
     from serve_graph.engine.job import EngineEvent
     from serve_graph.engine.loop import Engine
+    from serve_graph.engine.text_checkpoint import TextParts
     from serve_graph.metrics import GeneratorMetrics
     from serve_graph.text_encoding import TextEncoder
 
@@ -143,7 +144,7 @@ def text_parts(tiny_folder: Path) -> "TextParts":
     """The tiny tokeniser and text encoder, float32 on the CPU."""
     import torch
 
-    from serve_graph.engine.checkpoint import load_text_parts
+    from serve_graph.engine.text_checkpoint import load_text_parts
 
     return load_text_parts(tiny_folder, torch.device("cpu"), "float32")
 

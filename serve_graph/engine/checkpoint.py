@@ -1,4 +1,4 @@
-"""Loading a checkpoint in diffusers' layout, part by part, so that each deployment holds only what it runs."""
+"""Loading the generator's parts of a checkpoint in diffusers' layout; the text's are in `text_checkpoint`."""
 
 import json
 from collections.abc import Iterable
@@ -9,16 +9,13 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKLWan, SchedulerMixin, WanTransformer3DModel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
-from schemas.errors import ModelNotReady
 from schemas.presets import Levers, Preset
 from serve_graph.engine.channel_norm import quicken_norms
+from serve_graph.engine.devices import DTYPES
 from serve_graph.engine.malloc import keep_freed_memory
 from serve_graph.engine.quick_conv import quicken_convolutions
 from serve_graph.engine.text_keys import take_text_keys
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -37,15 +34,6 @@ class GeneratorParts:
     def vae_for(self, levers: Levers) -> AutoencoderKLWan:
         """The one to decode with: itself too for a job that another version of the profile admitted, with a copy."""
         return self.quick_vae or self.vae if levers.bfloat16_decode else self.vae
-
-
-@dataclass(frozen=True)
-class TextParts:
-    """What text encoding needs."""
-
-    tokenizer: PreTrainedTokenizerBase
-    text_encoder: UMT5EncoderModel
-    device: torch.device
 
 
 def load_generator_parts(
@@ -97,16 +85,6 @@ def load_scheduler(folder: Path) -> SchedulerMixin:
     return scheduler_class.from_config(config)
 
 
-def load_text_parts(folder: Path, device: torch.device, dtype: str) -> TextParts:
-    """Load the tokeniser and the text encoder."""
-    text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=DTYPES[dtype])
-    return TextParts(
-        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        text_encoder=text_encoder.to(device).eval().requires_grad_(False),
-        device=device,
-    )
-
-
 def moved(parts: GeneratorParts, device: torch.device) -> GeneratorParts:
     """The same parts on another device."""
     parts.transformer.to(device)
@@ -114,22 +92,6 @@ def moved(parts: GeneratorParts, device: torch.device) -> GeneratorParts:
         if vae is not None:
             vae.to(device)
     return replace(parts, device=device)
-
-
-def pick_device(name: str, setting: str) -> torch.device:
-    """`auto` is the GPU where there is one. Raises ModelNotReady for a GPU that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelNotReady(f"{setting} is {name}, and torch sees no GPU: use cpu or auto")
-    return torch.device(name)
-
-
-def resolve_dtype(name: str, device: torch.device) -> str:
-    """`auto` is bfloat16, Wan's own, on a GPU and float32 on the CPU."""
-    if name != "auto":
-        return name
-    return "bfloat16" if device.type == "cuda" else "float32"
 
 
 def _mapping(device: torch.device) -> dict[str, bool]:

@@ -16,7 +16,8 @@ from diffusers import SchedulerMixin, WanTransformer3DModel
 from schemas.handoff import PreparedPrompt, TextEmbedding
 from schemas.presets import Effort
 from schemas.requests import GenerationParameters
-from serve_graph.engine.checkpoint import DTYPES, GeneratorParts
+from serve_graph.engine.checkpoint import GeneratorParts
+from serve_graph.engine.devices import DTYPES
 from serve_graph.engine.short_forward import Predicted, Row, predict
 from serve_graph.engine.text_keys import text_keys
 

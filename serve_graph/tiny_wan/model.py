@@ -17,9 +17,10 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3
 from schemas.handoff import PreparedPrompt, TextEmbedding
 from schemas.official_profiles import WAN_TINY
 from schemas.requests import GenerateRequest
-from serve_graph.engine.checkpoint import GeneratorParts, TextParts, load_text_parts
+from serve_graph.engine.checkpoint import GeneratorParts
 from serve_graph.engine.decode import Decoding
 from serve_graph.engine.denoise import Denoising, denoise_step
+from serve_graph.engine.text_checkpoint import TextParts, load_text_parts
 from serve_graph.tiny_wan.captions import held_out_caption, plain_caption, training_caption
 from serve_graph.tiny_wan.measure import measure
 from serve_graph.tiny_wan.run_folder import RunFolder

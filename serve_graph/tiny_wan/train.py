@@ -75,7 +75,7 @@ def all_stages(run: Folder = FOLDER, pause_file: Pause = None, threads: Threads 
 @app.command("eval")
 def evaluate(run: Folder = FOLDER, threads: Threads = 1, num_clips: int = 256) -> None:
     """How often the run's checkpoint follows held-out captions, without a service. See also `wan-serve eval`."""
-    from serve_graph.engine.checkpoint import load_text_parts
+    from serve_graph.engine.text_checkpoint import load_text_parts
     from serve_graph.tiny_wan.model import FrozenText, adherence
 
     torch.set_num_threads(threads)

@@ -48,3 +48,7 @@ def test_importing_a_ray_free_module_loads_no_ray_and_no_model_library(module: s
 
 def test_importing_the_application_loads_ray_and_no_model_library() -> None:
     assert loaded_by("serve_graph.app") == {"ray"}
+
+
+def test_importing_the_text_encoder_loads_no_diffusers_which_takes_seconds() -> None:
+    assert loaded_by("serve_graph.text_encoding") == {"torch", "transformers"}

@@ -15,8 +15,8 @@ from prometheus_client import CollectorRegistry
 from schemas.errors import PromptTooLong
 from schemas.handoff import TextEmbedding, TextItem
 from schemas.official_profiles import WAN_NEGATIVE_PROMPT
-from serve_graph.engine.checkpoint import TextParts, load_text_parts
 from serve_graph.engine.denoise import pad_embedding
+from serve_graph.engine.text_checkpoint import TextParts, load_text_parts
 from serve_graph.metrics import PreprocessorMetrics
 from serve_graph.prompts import clean_prompt, surely_fits
 from serve_graph.text_encoding import EmbeddingCache, TextEncoder

@@ -10,14 +10,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from schemas.errors import ModelNotReady
 from schemas.official_profiles import WAN_1_3B, WAN_TINY
-from serve_graph.engine.checkpoint import (
-    load_generator_parts,
-    load_scheduler,
-    load_text_parts,
-    pick_device,
-    resolve_dtype,
-)
+from serve_graph.engine.checkpoint import load_generator_parts, load_scheduler
 from serve_graph.engine.checkpoint_folder import SHIPPED, FoundCheckpoint, locate_checkpoint
+from serve_graph.engine.devices import pick_device, resolve_dtype
+from serve_graph.engine.text_checkpoint import load_text_parts
 
 CPU = torch.device("cpu")
 
