@@ -1,10 +1,14 @@
-"""Starting, stopping and breaking real services, each with a data folder of its own."""
+"""Starting, breaking and stopping a real service; and what it says where it can't start.
+
+The first tests follow one another on one service.
+"""
 
 import concurrent.futures
 import os
 import signal
 import socket
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -15,6 +19,7 @@ from polling import until
 from tests.integration.load import wait_running
 from tests.integration.service import RunningService, run_serve, write_config
 
+HASTY = {"name": "Generator", "health_check_period_s": 1, "health_check_timeout_s": 2}
 JOB = {"prompt": "a blue square", "num_frames": 81, "num_inference_steps": 100}
 
 
@@ -23,9 +28,64 @@ def post(service: RunningService) -> httpx.Response:
         return http.post("/generate", json=JOB)
 
 
-def test_an_interrupt_ends_what_runs_refuses_what_comes_and_leaves_no_process(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
+    """A file system of 2 MiB, where this user may mount one."""
+    folder = tmp_path_factory.mktemp("small")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True).returncode:
+        yield None
+        return
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def service(small_disk: Path | None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+    """With its store on the small disk. The last of the tests that take it stops it."""
+    folder = tmp_path_factory.mktemp("lifecycle")
+    storage = {"kind": "local", "folder": str(small_disk or folder / "store")}
+    running = RunningService(folder, deployments=[HASTY], storage=storage).wait_ready()
+    yield running
+    running.stop()
+
+
+def test_disk_full_is_507_and_nothing_partial_is_left(service: RunningService, small_disk: Path | None) -> None:
+    if small_disk is None:
+        pytest.skip("mounting a small file system takes root; the unit tests fill one by other means")
+    filler = small_disk / "filler"
+    with filler.open("wb") as file:
+        free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+        file.write(b"\0" * (free - 24 * 1024))  # room for the records, not for a clip of 81 frames
+    answer = post(service)
+    assert (answer.status_code, answer.json()["type"]) == (507, "urn:wan-serve:problem:store-full")
+    job = service.wait_log("job")
+    assert (job["state"], job["error"]) == ("failed", "store-full")
+    assert list(small_disk.glob("clips/**/*.mp4")) == []
+    assert list((service.folder / "data" / "spool").rglob("*.mp4")) == []
+    filler.unlink()
+    with service.client() as http:
+        until(lambda: http.get("/health/ready").status_code == 200, "a store with room")
+    assert post(service).status_code == 200
+
+
+def test_two_services_share_a_data_folder(service: RunningService) -> None:
+    """`make demo` beside `make serve`: each Ray keeps its own token, or the first could start no worker any more."""
+    second = RunningService(service.folder, storage={"kind": "local", "folder": str(service.folder / "other")})
+    try:
+        second.wait_ready()
+        with second.client() as http:
+            assert http.post("/generate", json={"prompt": "beside"}).status_code == 200
+    finally:
+        assert second.stop() == 0
+    service.replica("Generator").kill()
+    with service.client() as http:
+        until(lambda: http.get("/health/ready").status_code != 200, "the loss of the generator")
+        until(lambda: http.get("/health/ready").status_code == 200, "another generator")
+        assert http.post("/generate", json={"prompt": "still here"}).status_code == 200
+
+
+def test_an_interrupt_ends_what_runs_refuses_what_comes_and_leaves_no_process(service: RunningService) -> None:
     """Ctrl-C; the tests of restarts send SIGTERM."""
-    service = RunningService(tmp_path).wait_ready()
     family = service.family()
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         running = [pool.submit(post, service) for _ in range(4)]
@@ -40,59 +100,10 @@ def test_an_interrupt_ends_what_runs_refuses_what_comes_and_leaves_no_process(tm
     assert [answer.status_code for answer in answers] == [200] * 4
     assert (refused.status_code, refused.json()["type"]) == (503, "urn:wan-serve:problem:shutting-down")
     assert int(refused.headers["retry-after"]) >= 1
-    assert_nothing_is_left(service, family, code)
-
-
-def assert_nothing_is_left(service: RunningService, family: list[psutil.Process], code: int) -> None:
     assert code == 0, service.output()
     assert psutil.wait_procs(family, timeout=10)[1] == []
     assert list((service.folder / "data" / "spool").rglob("job_*")) == []
     assert list((service.folder / "data" / "run").iterdir()) == []
-
-
-def test_two_services_share_a_data_folder(tmp_path: Path) -> None:
-    """`make demo` beside `make serve`: each Ray keeps its own token, or the first could start no worker any more."""
-    hasty = {"name": "Generator", "health_check_period_s": 1, "health_check_timeout_s": 1}
-    first, second = RunningService(tmp_path, deployments=[hasty]), RunningService(tmp_path)
-    try:
-        first.wait_ready()
-        second.wait_ready()
-        assert second.stop() == 0
-        first.replica("Generator").kill()
-        with first.client() as http:
-            until(lambda: http.get("/health/ready").status_code != 200, "the loss of the generator")
-            until(lambda: http.get("/health/ready").status_code == 200, "another generator")
-            assert http.post("/generate", json={"prompt": "still here"}).status_code == 200
-    finally:
-        first.stop()
-
-
-def test_disk_full_is_507_and_nothing_partial_is_left(tmp_path: Path) -> None:
-    """The store is a 2 MiB file system of its own, filled up once the service runs."""
-    mount = tmp_path / "small"
-    mount.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount)], capture_output=True).returncode:
-        pytest.skip("mounting a small file system takes root; the unit tests fill one by other means")
-    try:
-        service = RunningService(tmp_path, storage={"kind": "local", "folder": str(mount)}).wait_ready()
-        filler = mount / "filler"
-        with filler.open("wb") as file:
-            free = os.statvfs(mount).f_bavail * os.statvfs(mount).f_frsize
-            file.write(b"\0" * (free - 24 * 1024))  # room for the records, not for a clip of 81 frames
-        answer = post(service)
-        assert (answer.status_code, answer.json()["type"]) == (507, "urn:wan-serve:problem:store-full")
-        job = service.wait_log("job")
-        assert (job["state"], job["error"]) == ("failed", "store-full")
-        assert list(mount.glob("clips/**/*.mp4")) == []
-        assert list((tmp_path / "data" / "spool").rglob("*.mp4")) == []
-        filler.unlink()
-        with service.client() as http:
-            while http.get("/health/ready").status_code != 200:
-                pass
-        assert post(service).status_code == 200
-        service.stop()
-    finally:
-        subprocess.run(["umount", "-l", str(mount)], check=True)
 
 
 @pytest.mark.parametrize(
