@@ -1,23 +1,50 @@
-"""The whole graph on a real S3 server: the bucket's own URL in the answer, and its bytes behind it."""
+"""The whole graph on a real S3 server: the bucket's own URL in the answer, and its bytes behind it. `-s` shows figures.
+
+At the end the bucket goes away in the middle of twenty requests and comes back.
+"""
 
 import hashlib
+import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import httpx
 import pytest
 from openai import OpenAI
-from s3_servers.ministack import BUCKETS
+from polling import until
+from pydantic import SecretStr
+from s3_servers.ministack import BUCKETS, Ministack
 from s3_servers.process import S3Server
 
 from schemas.clips import Clip
+from storage.job_records import JobRecords
+from storage.s3 import S3Store
+from storage.s3_client import S3Client
+from storage.s3_credentials import static_credentials
+from storage.s3_options import S3Options
+from storage.s3_xml import parse_xml
+from tests.integration.load import BODY, Outcome, report, run
 from tests.integration.service import RunningService, run_serve, write_config
 
 BUCKET = f"{BUCKETS}service"
+OUTAGE_S = float(os.environ.get("OUTAGE_S", "8"))
+
+Tell = Callable[[str, str], None]
+
+
+@pytest.fixture(scope="module")
+def own_ministack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ministack]:
+    """Nobody else's, since it goes away."""
+    with Ministack(tmp_path_factory.mktemp("own-ministack")) as running:
+        yield running
 
 
 @pytest.fixture(scope="module", params=["ministack", "ceph"])
 def server(request: pytest.FixtureRequest) -> S3Server:
+    if request.param == "ministack":
+        return request.getfixturevalue("own_ministack").info
     s3_server: S3Server = request.getfixturevalue(request.param)
     return s3_server
 
@@ -97,3 +124,83 @@ def test_serve_refuses_a_bucket_that_is_missing_in_one_line(
     assert ended.returncode == 1
     assert "the bucket does not exist: make it" in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
+
+
+@contextmanager
+def watched_readiness(service: RunningService) -> Iterator[list[tuple[float, int]]]:
+    """The changes of /health/ready while the block runs: (time, status)."""
+    changes: list[tuple[float, int]] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        with service.client() as http:
+            while not over.wait(0.1):
+                status = http.get("/health/ready").status_code
+                if not changes or changes[-1][1] != status:
+                    changes.append((time.monotonic(), status))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield changes
+    finally:
+        over.set()
+        watcher.join()
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("server", ["ministack"], indirect=True)
+def test_every_request_ends_well_when_the_bucket_is_away_for_a_while(
+    on_s3: RunningService, own_ministack: Ministack, tell: Tell
+) -> None:
+    """Twice: frozen, so that requests hang, then gone, so that they are refused."""
+    options = S3Options(endpoint=own_ministack.endpoint, bucket=BUCKET)
+    info = own_ministack.info
+    credentials = static_credentials(SecretStr(info.access_key), SecretStr(info.secret_key))
+    store = S3Store(options, credentials)
+    before = {stat.key for stat in store.list("").stats}
+    usual = run(on_s3)
+    one_outage(on_s3, usual, "frozen", own_ministack.freeze, own_ministack.thaw, tell)
+    one_outage(on_s3, usual, "gone", own_ministack.stop, own_ministack.start, tell)
+
+    jobs, clips = ({stat.key for stat in store.list(kind).stats} - before for kind in ("jobs/", "clips/"))
+    records = [JobRecords(store).get(key[5:-5])[0] for key in jobs]
+    assert {record.state.value for record in records} == {"succeeded"}
+    assert clips == {record.result.key for record in records if record.result is not None}
+    uploads = S3Client(options, credentials).send("GET", query={"uploads": ""})
+    assert parse_xml(uploads.body).findall("Upload") == []
+    assert list((on_s3.folder / "data" / "spool").rglob("job_*")) == []
+
+
+def one_outage(
+    service: RunningService,
+    usual: list[Outcome],
+    name: str,
+    leave: Callable[[], None],
+    come_back: Callable[[], None],
+    tell: Tell,
+) -> None:
+    refused: list[httpx.Response] = []
+
+    def outage() -> None:
+        leave()
+        ends = time.monotonic() + OUTAGE_S
+        with service.client() as http:
+            while http.get("/health/ready").status_code == 200:
+                pass
+            refused.append(http.post("/generate", json=BODY))
+        time.sleep(max(0, ends - time.monotonic()))  # the outage is what the test is about
+        come_back()
+
+    with watched_readiness(service) as changes:
+        outcomes = run(service, outage)
+        until(lambda: changes[-1][1] == 200, "a ready service")
+    down_s = changes[2][0] - changes[1][0]
+    tell("faults", f"{report(f'{OUTAGE_S:g} s with the store {name}', outcomes, usual)}; not ready for {down_s:.1f} s")
+
+    assert [outcome.clip["sha256"] for outcome in outcomes] == [outcome.clip["sha256"] for outcome in usual]
+    assert {refusal for outcome in outcomes for refusal in outcome.refusals} <= {"store-unavailable"}
+    (refusal,) = refused
+    assert (refusal.status_code, refusal.json()["type"]) == (503, "urn:wan-serve:problem:store-unavailable")
+    assert int(refusal.headers["retry-after"]) >= 1
+    assert [status for _, status in changes] == [200, 503, 200]
