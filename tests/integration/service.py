@@ -17,7 +17,7 @@ from random_wan import model_settings
 
 from serve_graph.open_ports import free_port
 
-START_TIMEOUT_S = 120
+START_TIMEOUT_S = 170
 STOP_TIMEOUT_S = 90
 
 
@@ -96,7 +96,7 @@ class ServiceProcess:
         def found() -> list[dict[str, Any]]:
             return [line for line in self.log(event) if fields.items() <= line.items()]
 
-        self.wait_for(found, 30)
+        self.wait_for(found, 60)
         return found()[0]
 
     def client(self, timeout_s: float = 60) -> httpx.Client:

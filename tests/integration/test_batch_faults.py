@@ -34,7 +34,7 @@ def submit(core: Core, count: int, key: str) -> Batch:
     while time.monotonic() < deadline:
         try:
             answer = httpx.post(
-                core.base + "/batches", json={"requests": requests}, headers={"Idempotency-Key": key}, timeout=10
+                core.base + "/batches", json={"requests": requests}, headers={"Idempotency-Key": key}, timeout=30
             )
         except httpx.TransportError:
             continue
@@ -45,7 +45,7 @@ def submit(core: Core, count: int, key: str) -> Batch:
 
 
 def batch_of(core: Core, batch_id: str) -> Batch:
-    answer = httpx.get(f"{core.base}/batches/{batch_id}", timeout=10)
+    answer = httpx.get(f"{core.base}/batches/{batch_id}", timeout=30)
     assert answer.status_code == 200, answer.text
     return Batch.model_validate_json(answer.content)
 
@@ -122,12 +122,12 @@ def test_a_submission_that_is_killed_exists_wholly_or_not_at_all(nursery: Nurser
                 cut_short += 1
             core.kill()
             core.start()
-            listed = httpx.get(core.base + "/batches", params={"limit": 100}, timeout=10).json()["batches"]
+            listed = httpx.get(core.base + "/batches", params={"limit": 100}, timeout=30).json()["batches"]
             assert {batch["total"] for batch in listed} <= {30}
         assert cut_short
         made = [submit(core, 30, f"key-{number}") for number in range(12)]
         assert [ended(core, batch.batch_id).counts.succeeded for batch in made] == [30] * 12
-        listed = httpx.get(core.base + "/batches", params={"limit": 100}, timeout=10).json()["batches"]
+        listed = httpx.get(core.base + "/batches", params={"limit": 100}, timeout=30).json()["batches"]
         assert {batch["batch_id"] for batch in listed} == {batch.batch_id for batch in made}
         assert len(listed) == 12
         assert Work.read(core).committed_twice == 0

@@ -53,7 +53,7 @@ class Clients:
 
     def _run(self, number: int) -> None:
         sent = 0
-        with httpx.Client(timeout=10) as http:
+        with httpx.Client(timeout=30) as http:
             while not self._stop.is_set():
                 self._submit(http, f"{number}-{sent}", asynchronous=sent % 2 == 0 or not self._waiting)
                 sent += 1
@@ -81,7 +81,7 @@ def check_all_done_once(core: Core, acknowledged: list[str]) -> Work:
     assert succeeded(jobs) == len(jobs), [job.state for job in jobs if job.error]
     work = Work.read(core)
     assert work.committed_twice == 0
-    with httpx.Client(timeout=10) as http:
+    with httpx.Client(timeout=30) as http:
         for job in jobs:
             assert job.clip is not None
             assert job.clip.output_url.split("?")[0].rpartition("/")[2].removesuffix(".mp4") in work.tried[job.job_id]
@@ -155,7 +155,7 @@ def test_a_frozen_owner_loses_its_jobs_and_writes_nothing_once_thawed(nursery: N
         other.start()
         headers = {"Prefer": "respond-async"}
         job_ids = [
-            httpx.post(frozen.base + "/generate", json={"prompt": f"{n}"}, headers=headers).json()["job_id"]
+            httpx.post(frozen.base + "/generate", json={"prompt": f"{n}"}, headers=headers, timeout=30).json()["job_id"]
             for n in range(4)
         ]
         wait_for(lambda: len(Work.read(frozen).steps) == 4)
@@ -188,7 +188,8 @@ def test_a_stop_hands_back_what_it_can_not_end(nursery: Nursery, tmp_path: Path)
         planned(core, step_s=2.0, drain_s=0.1, lease_s=60.0, max_dispatched_jobs=2).start()
         headers = {"Prefer": "respond-async"}
         answers = [
-            httpx.post(core.base + "/generate", json={"prompt": f"{n}"}, headers=headers).json() for n in range(5)
+            httpx.post(core.base + "/generate", json={"prompt": f"{n}"}, headers=headers, timeout=30).json()
+            for n in range(5)
         ]
         wait_for(lambda: Work.read(core).renders == 2)
         core.stop()
@@ -227,7 +228,9 @@ def test_the_bucket_is_away_for_more_than_three_leases(
 
 
 def submit(core: Core, prompt: str) -> str:
-    answer = httpx.post(core.base + "/generate", json={"prompt": prompt}, headers={"Prefer": "respond-async"})
+    answer = httpx.post(
+        core.base + "/generate", json={"prompt": prompt}, headers={"Prefer": "respond-async"}, timeout=30
+    )
     assert answer.status_code == 202, answer.text
     job_id: str = answer.json()["job_id"]
     return job_id
@@ -239,7 +242,7 @@ def on_bucket(server: Ministack, folder: Path) -> dict[str, object]:
 
 
 def num_waiting(core: Core) -> int:
-    waiting: int = httpx.get(core.base + "/health", timeout=10).json()["queue"]["waiting"]
+    waiting: int = httpx.get(core.base + "/health", timeout=30).json()["queue"]["waiting"]
     return waiting
 
 
@@ -291,7 +294,7 @@ def test_ten_thousand_jobs_wait(nursery: Nursery, folder_in_memory: Path, tell: 
         core.start()
         wait_for(lambda: num_waiting(core) >= count - 2)
         resumed_s = time.monotonic() - began
-        page = httpx.get(core.base + "/jobs", params={"limit": 100}, timeout=10).json()
+        page = httpx.get(core.base + "/jobs", params={"limit": 100}, timeout=30).json()
         assert len(page["jobs"]) == 100
     tell(
         "faults",
@@ -305,9 +308,9 @@ def test_a_thousand_idle_event_streams(nursery: Nursery, tmp_path: Path, tell: C
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(8192, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),) * 2)
     with cores(nursery, 1, tmp_path) as (core,):
         planned(core, step_s=3600.0, max_dispatched_jobs=1).start()
-        job_id = httpx.post(core.base + "/generate", json={"prompt": "x"}, headers={"Prefer": "respond-async"}).json()[
-            "job_id"
-        ]
+        job_id = httpx.post(
+            core.base + "/generate", json={"prompt": "x"}, headers={"Prefer": "respond-async"}, timeout=30
+        ).json()["job_id"]
         wait_for(lambda: Work.read(core).renders == 1)
         before = core.rss_bytes()
 

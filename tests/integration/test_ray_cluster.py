@@ -124,9 +124,9 @@ def has_replicas_on(cluster: RayCluster, nodes: list[int]) -> bool:
 def test_every_node_answers_for_the_whole_service(cluster: RayCluster, client: Client) -> None:
     until(lambda: has_replicas_on(cluster, [0, 1]), "one replica of each deployment on each node")
     for base in (cluster.base, cluster.other_base):
-        assert httpx.get(base + "/health/ready").status_code == 200
-        assert httpx.get(base + "/-/healthz").text == "success"
-        assert httpx.get(base + "/jobs").status_code == 401
+        assert httpx.get(base + "/health/ready", timeout=30).status_code == 200
+        assert httpx.get(base + "/-/healthz", timeout=30).text == "success"
+        assert httpx.get(base + "/jobs", timeout=30).status_code == 401
         families = text_string_to_metric_families(client.get(base + "/metrics").text)
         seen = {(sample.labels["deployment"], sample.labels["replica"]) for f in families for sample in f.samples}
         assert sorted(deployment for deployment, _ in seen) == [
@@ -175,7 +175,7 @@ def test_a_batch_and_single_jobs_survive_the_loss_of_a_node(cluster: RayCluster,
     results = client.results(cluster.base, batch_id)
     assert [result.clip.seed for result in results if result.clip] == list(range(TOTAL))
     clips = [result.clip for result in results] + [job.clip for job in alone]
-    assert all(clip is not None and httpx.get(clip.output_url).content[4:8] == b"ftyp" for clip in clips)
+    assert all(clip is not None and httpx.get(clip.output_url, timeout=30).content[4:8] == b"ftyp" for clip in clips)
 
     ends = sorted(job.at[JobState.SUCCEEDED].timestamp() - killed["at"] for job in [*jobs, *alone])
     after = [end for end in ends if end > 0]

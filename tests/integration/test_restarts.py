@@ -102,7 +102,7 @@ def test_a_batch_whose_client_and_service_are_killed_half_way_makes_every_clip_o
 
         job = waiting.submit(GenerateRequest(prompt="a long one", priority="high", seed=1, **LONG))
         followed = pool.submit(waiting.wait, job.job_id, look)
-        assert running.wait(30)
+        assert running.wait(60)
         client.kill()
         client.communicate()
         lasting.kill()

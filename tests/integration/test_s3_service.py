@@ -73,13 +73,13 @@ def generate(service: RunningService, **fields: int) -> Clip:
 def test_generate_answers_the_bucket_s_own_url_and_its_bytes(on_s3: RunningService, server: S3Server) -> None:
     clip = generate(on_s3)
     assert clip.output_url.startswith(f"{server.endpoint}/{BUCKET}/clips/{clip.clip_id}/")
-    answer = httpx.get(clip.output_url)
+    answer = httpx.get(clip.output_url, timeout=30)
     assert (answer.status_code, answer.headers["content-type"]) == (200, "video/mp4")
     assert answer.headers["content-disposition"] == f'inline; filename="{clip.clip_id}.mp4"'
     assert hashlib.sha256(answer.content).hexdigest() == clip.sha256
-    redirect = httpx.get(f"{on_s3.base}/outputs/{clip.clip_id}", follow_redirects=False)
+    redirect = httpx.get(f"{on_s3.base}/outputs/{clip.clip_id}", follow_redirects=False, timeout=30)
     assert redirect.status_code == 307
-    assert httpx.get(redirect.headers["location"]).content == answer.content
+    assert httpx.get(redirect.headers["location"], timeout=30).content == answer.content
 
 
 @pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
@@ -92,17 +92,17 @@ def test_openai_s_client_downloads_from_the_bucket(on_s3: RunningService, server
         assert (clip.content[4:8], thumbnail.content[:2]) == (b"ftyp", b"\xff\xd8")
         assert thumbnail.response.headers["content-type"] == "image/jpeg"
         assert sdk.videos.delete(video.id).deleted
-    assert httpx.get(str(thumbnail.response.url)).status_code == 404
+    assert httpx.get(str(thumbnail.response.url), timeout=30).status_code == 404
 
 
 def test_bucket_s_url_is_refused_once_changed_or_expired(on_s3: RunningService) -> None:
     clip = generate(on_s3, url_ttl_s=2)
-    assert httpx.get(clip.output_url).status_code == 200
-    assert httpx.get(clip.output_url.split("?")[0]).status_code == 403
-    assert httpx.get(clip.output_url.replace("X-Amz-Expires=2", "X-Amz-Expires=9000")).status_code == 403
+    assert httpx.get(clip.output_url, timeout=30).status_code == 200
+    assert httpx.get(clip.output_url.split("?")[0], timeout=30).status_code == 403
+    assert httpx.get(clip.output_url.replace("X-Amz-Expires=2", "X-Amz-Expires=9000"), timeout=30).status_code == 403
     while time.time() <= clip.expires_at.timestamp():
         time.sleep(0.05)  # the clock is what expires it
-    assert httpx.get(clip.output_url).status_code == 403
+    assert httpx.get(clip.output_url, timeout=30).status_code == 403
 
 
 def test_health_names_the_store_and_no_key_is_shown(on_s3: RunningService, server: S3Server) -> None:
@@ -199,7 +199,8 @@ def one_outage(
     tell("faults", f"{report(f'{OUTAGE_S:g} s with the store {name}', outcomes, usual)}; not ready for {down_s:.1f} s")
 
     assert [outcome.clip["sha256"] for outcome in outcomes] == [outcome.clip["sha256"] for outcome in usual]
-    assert {refusal for outcome in outcomes for refusal in outcome.refusals} <= {"store-unavailable"}
+    refusals = {refusal for outcome in outcomes for refusal in outcome.refusals}
+    assert refusals <= {"store-unavailable", "model-not-ready"}  # the latter where the machine is too slow for a look
     (refusal,) = refused
     assert (refusal.status_code, refusal.json()["type"]) == (503, "urn:wan-serve:problem:store-unavailable")
     assert int(refusal.headers["retry-after"]) >= 1

@@ -49,7 +49,7 @@ def test_a_key_makes_a_clip_and_shows_nowhere(tmp_path: Path) -> None:
             metrics = http.get("/metrics").text
         assert (stranger.status_code, wrong.status_code, clip.status_code) == (401, 401, 200)
         assert stranger.headers["www-authenticate"] == 'Bearer realm="wan-serve"'
-        assert httpx.get(clip.json()["output_url"]).content[4:8] == b"ftyp"
+        assert httpx.get(clip.json()["output_url"], timeout=30).content[4:8] == b"ftyp"
         processes = [psutil.Process(service.process.pid), *service.family()]
         arguments = [" ".join(process.cmdline()) for process in processes]
         check_the_sdk_s_flow(service, key, other)

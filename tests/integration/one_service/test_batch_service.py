@@ -38,7 +38,7 @@ def test_a_batch_of_20_ends_with_20_clips_in_order(service: RunningService) -> N
         assert [clip.seed for clip in clips] == list(range(20))
         assert {clip.num_frames for clip in clips} == {9}
         for clip in clips[:3]:
-            assert len(httpx.get(clip.output_url, trust_env=False).content) == clip.size_bytes
+            assert len(httpx.get(clip.output_url, trust_env=False, timeout=30).content) == clip.size_bytes
         metrics = http.get("/metrics").text
         assert 'outcome="completed"' in metrics
 

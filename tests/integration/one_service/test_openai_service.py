@@ -37,8 +37,8 @@ def test_the_sdk_s_flow_works_from_create_to_delete(service: RunningService) -> 
         assert sdk.videos.delete(video.id).deleted
         with pytest.raises(openai.NotFoundError):
             sdk.videos.retrieve(video.id)
-    assert httpx.get(str(content.response.url)).status_code == 404  # the same signed URL, the clip gone
-    assert httpx.get(str(thumbnail.response.url)).status_code == 404
+    assert httpx.get(str(content.response.url), timeout=30).status_code == 404  # the same signed URL, the clip gone
+    assert httpx.get(str(thumbnail.response.url), timeout=30).status_code == 404
     with av.open(io.BytesIO(content.content), "r") as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert [frame.shape for frame in frames] == [(64, 112, 3)] * 17
