@@ -46,7 +46,7 @@ class Client:
         assert answer.status_code == 200, answer.text
         return answer
 
-    def submit_batch(self, base: str, num_inference_steps: int = 80, num_frames: int = 33) -> str:
+    def submit_batch(self, base: str, num_inference_steps: int = 50, num_frames: int = 33) -> str:
         common = {"num_inference_steps": num_inference_steps, "num_frames": num_frames}
         lines = "".join(
             json.dumps({"prompt": f"number {index}", "seed": index, **common}) + "\n" for index in range(TOTAL)
