@@ -305,11 +305,11 @@ def test_modal_run_makes_clips(warm: Service, tmp_path: Path) -> None:
     assert generate.get_current_stats().num_total_runners == 1  # so it is the deployed one, which a run is named as
     many = warm.run("batch", "--prompts", str(prompts), "--output", str(clips))
     with ThreadPoolExecutor() as pool, warm.client() as client:
-        running = pool.submit(warm.run, "main", "--prompt", PROMPT, "--output", str(clips / "one.mp4"))
-        until(lambda: running.done() or list(client.jobs(state=JobState.QUEUED)), "the run's job", START_S)
+        run = pool.submit(warm.run, "main", "--prompt", PROMPT, "--output", str(clips / "one.mp4"))
+        until(lambda: run.done() or list(client.jobs(state=JobState.QUEUED)), "the run's job", START_S)
         for job in client.jobs(state=JobState.QUEUED):
             generate.spawn(job.job_id)
-        one = running.result()
+        one = run.result()
 
     assert (many.exit_code, one.exit_code) == (0, 0), many.output + one.output
     made = sorted(clips.glob("*.mp4"))
