@@ -127,5 +127,6 @@ def ingress_options(settings: Settings) -> dict[str, Any]:
         "name": "Ingress",
         "max_ongoing_requests": settings.queue.max_waiting_jobs + settings.max_dispatched_jobs + 512,
         "ray_actor_options": {"num_cpus": 0},
+        "health_check_period_s": 2,  # by it Serve sees that one has died; by default after up to 10 s
         "graceful_shutdown_timeout_s": settings.queue.drain_timeout_s + 10,
     }

@@ -1,6 +1,10 @@
 """The deployed service on a Modal on loopback: Modal's real container entry points, a real Ray graph, a real bucket.
 
 Containers stand side by side on this machine, so the Volumes are folders and the GPU is none.
+
+The tests follow one another, since a container's start costs most of what they take: a container that one of them
+leaves behind serves the next, and each loss of one has the next take over what it did. `warm` starts one where a test
+finds none, so that each can run alone, and after any other's failure.
 """
 
 import contextlib
@@ -38,10 +42,19 @@ START_S = 180.0
 LEASE_S = 3.0
 PROMPT = "a red circle moving left"
 PROFILE = RANDOM_WAN.model_copy(
-    update={"resolutions": (*RANDOM_WAN.resolutions, Resolution(name="480p", aspect_ratio="1:1", width=96, height=96))}
+    update={
+        "resolutions": (
+            Resolution(name="64p", aspect_ratio="1:1", width=64, height=64),
+            Resolution(name="128p", aspect_ratio="1:1", width=128, height=128),
+            Resolution(name="480p", aspect_ratio="1:1", width=96, height=96),
+        )
+    }
 )
-"""With a size of the name that `record_480p` asks for."""
+"""With a size of the name that `record_480p` asks for, and no more than are asked for, as each start warms them up."""
 LONG = {"num_frames": 81, "num_inference_steps": 100, "resolution": "128p"}
+"""A render that something else is to happen in."""
+SOME_S = {**LONG, "num_inference_steps": 30}
+"""Eight of them last for the hundreds of polls that a percentile wants."""
 
 pytestmark = pytest.mark.timeout(240)
 Tell = Callable[[str, str], None]
@@ -76,13 +89,19 @@ class Service:
     def generators(self) -> list[Container]:
         return self.modal.containers("wan-serve", "Generator")
 
-    def calls(self) -> list[Call]:
-        """Those that were made for jobs and batches."""
-        return [c for c in self.modal.calls if c.function.name == "Generator" and not c.is_web]
+    def calls(self, work_id: str) -> list[Call]:
+        """Those that were made for a job or batch."""
+        made = [c for c in self.modal.calls if c.function.name == "Generator" and not c.is_web]
+        return [c for c in made if [item.arguments for item in c.inputs] == [((work_id,), {})]]
 
     def graph_url(self) -> str:
         """Of a container's own ingress."""
         return self.modal.web_url("wan-serve", "Generator", "graph")
+
+    def lose_call(self, work_id: str) -> None:
+        """End the call that was made for a job, which waits for a container."""
+        (call,) = self.calls(work_id)
+        modal.FunctionCall.from_id(call.call_id, client=self.modal.client).cancel()
 
     def metric(self, name: str, **labels: str) -> float:
         """A sum over all instances, from the front's page."""
@@ -135,6 +154,14 @@ def running(client: WanClient, **fields: object) -> Job:
     job = client.submit(GenerateRequest.model_validate({"prompt": "a long one", **LONG, **fields}))
     until(lambda: client.job(job.job_id).state is JobState.RUNNING, "a job that runs", START_S)
     return job
+
+
+def kill(container: Container, part: str) -> None:
+    """End the container's processes that have this in their command lines."""
+    for pid in container.pids():
+        with contextlib.suppress(psutil.Error):  # it has ended
+            if part in " ".join(psutil.Process(pid).cmdline()):
+                os.kill(pid, signal.SIGKILL)
 
 
 def check_cancel(client: WanClient) -> None:
@@ -190,6 +217,7 @@ def test_generate_waits_as_long_as_the_front_may_and_then_answers_with_the_job(w
         answer = http.post("/generate", json={"prompt": PROMPT, **LONG}, headers={"Prefer": "wait=0"})
         assert answer.status_code == 202
         assert http.get(answer.headers["location"]).json()["job_id"] == answer.json()["job_id"]
+        http.post(f"{answer.headers['location']}/cancel").raise_for_status()  # nobody waits for it
 
 
 def test_a_job_that_runs_is_cancelled_from_the_front(warm: Service) -> None:
@@ -205,7 +233,8 @@ def test_a_batch_ends_with_all_of_its_clips(warm: Service) -> None:
 def test_health_and_polls_answer_beside_four_renders_and_four_waiting_callers(warm: Service, tell: Tell) -> None:
     """Nothing deadlocks with one container at most: who waits does so at the front."""
     with ThreadPoolExecutor(8) as pool, warm.http() as http, warm.client() as client:
-        sent = [pool.submit(client.generate, GenerateRequest(prompt=PROMPT, seed=seed, **LONG)) for seed in range(8)]
+        requests = [GenerateRequest.model_validate({"prompt": PROMPT, "seed": seed, **SOME_S}) for seed in range(8)]
+        sent = [pool.submit(client.generate, request) for request in requests]
         while http.get("/jobs", params={"state": "running"}).json()["jobs"] == []:
             time.sleep(0.1)  # the pace of a client
         some = http.get("/jobs").json()["jobs"][0]["job_id"]
@@ -260,6 +289,56 @@ def test_thaws_answer_soon(warm: Service, tell: Tell) -> None:
     tell("modal", f"thaw to the first healthy answer: median {statistics.median(seconds):.2f} s of 10 (goal 1)")
 
 
+def test_smoke_of_the_real_cli_says_what_works(warm: Service) -> None:
+    done = warm.run("smoke", "--url", warm.url)
+
+    assert done.exit_code == 0, done.output
+    lines = [line.split(":")[0].split() for line in done.output.splitlines() if line.startswith("ok ")]
+    assert lines == [["ok", "health"], ["ok", "generate"], ["ok", "fetch"], ["ok", "expiry"]]
+
+
+def test_modal_run_makes_clips(warm: Service, tmp_path: Path) -> None:
+    """A run has a front and a generator of its own; with the same bucket, the deployed generator can do its work."""
+    prompts, clips = tmp_path / "prompts.txt", tmp_path / "clips"
+    prompts.write_text(f"{PROMPT}\na green square moving up\n")
+    generate = modal.Cls.from_name("wan-serve", "Generator", client=warm.modal.client)().generate
+    assert generate.get_current_stats().num_total_runners == 1  # so it is the deployed one, which a run is named as
+    many = warm.run("batch", "--prompts", str(prompts), "--output", str(clips))
+    with ThreadPoolExecutor() as pool, warm.client() as client:
+        run = pool.submit(warm.run, "main", "--prompt", PROMPT, "--output", str(clips / "one.mp4"))
+        until(lambda: run.done() or list(client.jobs(state=JobState.QUEUED)), "the run's job", START_S)
+        for job in client.jobs(state=JobState.QUEUED):
+            generate.spawn(job.job_id)
+        one = run.result()
+
+    assert (many.exit_code, one.exit_code) == (0, 0), many.output + one.output
+    made = sorted(clips.glob("*.mp4"))
+    assert [clip.name for clip in made] == ["00000.mp4", "00001.mp4", "one.mp4"]
+    assert {clip.read_bytes()[4:8] for clip in made} == {b"ftyp"}
+
+
+def test_record_480p_of_the_real_cli_records_one_clip(warm: Service, tmp_path: Path) -> None:
+    done = warm.run("record_480p", cwd=tmp_path)
+
+    assert done.exit_code == 0, done.output
+    record = json.loads((tmp_path / "out/record_480p.json").read_text())
+    assert (record["num_frames"], record["gpu"], record["floor_fraction"]) == (81, None, None)
+    assert record["total_s"] >= record["denoise_s"] > 0
+    assert [json.loads(kept.read_text()) for kept in warm.records("record_480p")] == [record]
+
+
+def test_a_replica_that_is_replaced_is_woken(warm: Service) -> None:
+    (container,) = warm.generators()
+    with warm.client() as client:
+        for replica in ("Generator", "Ingress"):
+            job = running(client, resolution="64p")
+            kill(container, f"ServeReplica:wan:{replica}")
+            ended = client.wait(job.job_id)
+            assert (ended.state, ended.attempts) == (JobState.SUCCEEDED, 2), replica
+
+    assert warm.generators() == [container]
+
+
 def test_a_container_restored_three_days_later_ends_what_a_stopped_one_hands_back(warm: Service) -> None:
     bob, line = new_key("bob")
     asleep = warm.modal.start("wan-serve", "Generator", asleep=timedelta(days=3)).wait("frozen", START_S)
@@ -287,9 +366,7 @@ def test_a_container_restored_three_days_later_ends_what_a_stopped_one_hands_bac
 
 def test_a_container_killed_in_a_render_loses_nothing_and_a_broken_restore_is_built_anew(warm: Service) -> None:
     broken = warm.modal.start("wan-serve", "Generator", asleep=timedelta(0)).wait("frozen", START_S)
-    for pid in broken.pids():
-        if "gcs_server" in " ".join(psutil.Process(pid).cmdline()):
-            os.kill(pid, signal.SIGKILL)
+    kill(broken, "gcs_server")
     with warm.client() as client:
         job = running(client, resolution="64p")
         for container in warm.generators():
@@ -304,67 +381,20 @@ def test_a_container_killed_in_a_render_loses_nothing_and_a_broken_restore_is_bu
     until(lambda: warm.metric("wan_container_starts_total", start="rebuilt"), "the count of rebuilt graphs", 30)
 
 
-def test_the_sweeper_calls_again_for_a_job_whose_call_is_lost(service: Service) -> None:
-    service.modal.abandon("wan-serve")
-    with service.client() as client:
-        waiting = client.submit(GenerateRequest(prompt=PROMPT))
-        service.modal.abandon("wan-serve")  # its call, and the container that has begun to start for it
-        before = len(service.calls())
-        modal.Function.from_name("wan-serve", "sweep", client=service.modal.client).spawn()
-        ended = client.wait(waiting.job_id)
-
-    assert ended.state is JobState.SUCCEEDED
-    assert len(service.calls()) > before
-
-
-def test_smoke_of_the_real_cli_says_what_works(warm: Service) -> None:
-    done = warm.run("smoke", "--url", warm.url)
-
-    assert done.exit_code == 0, done.output
-    lines = [line.split(":")[0].split() for line in done.output.splitlines() if line.startswith("ok ")]
-    assert lines == [["ok", "health"], ["ok", "generate"], ["ok", "fetch"], ["ok", "expiry"]]
-
-
-def test_modal_run_makes_clips(warm: Service, tmp_path: Path) -> None:
-    """The run has a front of its own; with the same bucket, the deployed generator does its work."""
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text(f"{PROMPT}\na green square moving up\n")
-    many = warm.run("batch", "--prompts", str(prompts), "--output", str(tmp_path / "clips"))
-    one = warm.run("main", "--prompt", PROMPT, "--output", str(tmp_path / "clips" / "one.mp4"))
-
-    assert (many.exit_code, one.exit_code) == (0, 0), many.output + one.output
-    clips = sorted((tmp_path / "clips").glob("*.mp4"))
-    assert [clip.name for clip in clips] == ["00000.mp4", "00001.mp4", "one.mp4"]
-    assert {clip.read_bytes()[4:8] for clip in clips} == {b"ftyp"}
-
-
-def test_record_480p_of_the_real_cli_records_one_clip(warm: Service, tmp_path: Path) -> None:
-    done = warm.run("record_480p", cwd=tmp_path)
-
-    assert done.exit_code == 0, done.output
-    record = json.loads((tmp_path / "out/record_480p.json").read_text())
-    assert (record["num_frames"], record["gpu"], record["floor_fraction"]) == (81, None, None)
-    assert record["total_s"] >= record["denoise_s"] > 0
-    assert [json.loads(kept.read_text()) for kept in warm.records("record_480p")] == [record]
-
-
-def test_a_replica_that_is_replaced_is_woken_and_a_container_whose_graph_has_died_ends(warm: Service) -> None:
+def test_a_container_whose_graph_has_died_ends_and_the_sweeper_calls_again_where_calls_are_lost(warm: Service) -> None:
     (container,) = warm.generators()
-
-    def kill(part: str) -> None:
-        for pid in container.pids():
-            with contextlib.suppress(psutil.Error):  # it has ended
-                if part in " ".join(psutil.Process(pid).cmdline()):
-                    os.kill(pid, signal.SIGKILL)
-
     with warm.client() as client:
-        for replica in ("Generator", "Ingress"):
-            job = running(client, resolution="64p")
-            kill(f"ServeReplica:wan:{replica}")
-            ended = client.wait(job.job_id)
-            assert (ended.state, ended.attempts) == (JobState.SUCCEEDED, 2), replica
-        assert warm.generators() == [container]
-        job = running(client)
-        kill("serve_graph.on_modal.graph_process")
+        began = running(client)
+        kill(container, "serve_graph.on_modal.graph_process")
         container.wait("gone", START_S)
-        assert client.wait(job.job_id).state is JobState.SUCCEEDED
+        waiting = client.submit(GenerateRequest(prompt=PROMPT))
+        jobs = (began, waiting)
+        for job in jobs:
+            until(lambda job=job: warm.calls(job.job_id), "its call")  # which the next container would take
+            warm.lose_call(job.job_id)
+        modal.Function.from_name("wan-serve", "sweep", client=warm.modal.client).spawn()
+        ended = [client.wait(job.job_id) for job in jobs]
+
+    assert container.exit_code == 1
+    assert [(job.state, job.attempts) for job in ended] == [(JobState.SUCCEEDED, 2), (JobState.SUCCEEDED, 1)]
+    assert len(warm.calls(waiting.job_id)) > 1
