@@ -59,7 +59,7 @@ def left_over(service: RunningService) -> str:
 @pytest.mark.parametrize("deployment", ["Generator", "Preprocessor"])
 def test_killed_worker_costs_no_job(victim: RunningService, usual: list[Outcome], deployment: str, tell: Tell) -> None:
     retried_before = len(victim.log("job_retried"))
-    outcomes = run(victim, lambda: victim.replica(deployment).kill())
+    outcomes = run(victim, victim.replica(deployment).kill)
     num_retried = len(victim.log("job_retried")) - retried_before
     tell("faults", f"{report(deployment, outcomes, usual)}; attempts begun anew {num_retried}")
 
@@ -119,10 +119,10 @@ def test_what_a_client_reads_when_the_ingress_is_lost_says_nothing_of_the_inside
 
 def test_hung_generator_is_replaced_and_its_job_tried_again(victim: RunningService, tell: Tell) -> None:
     retried_before = len(victim.log("job_retried"))
+    hung = victim.replica("Generator")  # looked for now, since the job may be short
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         sent = pool.submit(send, victim, 7)
         wait_running(victim)
-        hung = victim.replica("Generator")
         hung.suspend()
         outcome = sent.result()
     tell("faults", f"hung generator: answered after {outcome.seconds:.1f} s; refusals {outcome.refusals}")

@@ -33,7 +33,7 @@ PROMPTS = 200
 KILLS = 4
 """After the first."""
 QUEUE = {"lease_s": 3.0, "drain_timeout_s": 0.5}
-LONG = {"num_inference_steps": 100, "num_frames": 81}
+LONG = {"num_inference_steps": 60, "num_frames": 81}
 
 pytestmark = pytest.mark.timeout(600)
 Tell = Callable[[str, str], None]
