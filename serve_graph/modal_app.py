@@ -190,19 +190,25 @@ def download_weights(revision: str = os.environ.get("WAN_MODEL__REVISION", "main
 
 
 @app.local_entrypoint()
-def main(prompt: str, output: str = "clip.mp4") -> None:
-    """Make one clip: modal run -m serve_graph.modal_app::main --prompt "…" (WAN_API_KEY holds an API key)."""
+def main(prompt: str, output: str = "clip.mp4", url: str = "") -> None:
+    """Make one clip: modal run -m serve_graph.modal_app::main --prompt "…" (WAN_API_KEY holds an API key).
+
+    url: of a deployed service, which does the work then; else the run has a front and a generator of its own.
+    """
     from serve_graph.on_modal.commands import wan_serve
 
-    wan_serve("generate", prompt, "--output", output, "--force", url=_url())
+    wan_serve("generate", prompt, "--output", output, "--force", url=url or _url())
 
 
 @app.local_entrypoint()
-def batch(prompts: str, output: str = "clips") -> None:
-    """Make a clip of every prompt in a file (JSON Lines or text), on as many containers as there may be."""
+def batch(prompts: str, output: str = "clips", url: str = "") -> None:
+    """Make a clip of every prompt in a file (JSON Lines or text), on as many containers as there may be.
+
+    url: as of `main`.
+    """
     from serve_graph.on_modal.commands import wan_serve
 
-    wan_serve("batch", prompts, "--output", output, url=_url())
+    wan_serve("batch", prompts, "--output", output, url=url or _url())
 
 
 @app.local_entrypoint()

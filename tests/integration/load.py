@@ -14,7 +14,7 @@ from tests.integration.service import RunningService
 NUM_REQUESTS = 20
 NUM_CLIENTS = 4
 GIVE_UP_S = 120
-BODY = {"prompt": "a blue square", "num_frames": 33, "num_inference_steps": 60, "reproducible": True}
+BODY = {"prompt": "a blue square", "num_frames": 17, "num_inference_steps": 60, "reproducible": True}
 
 
 @dataclass

@@ -299,18 +299,11 @@ def test_smoke_of_the_real_cli_says_what_works(warm: Service) -> None:
 
 
 def test_modal_run_makes_clips(warm: Service, tmp_path: Path) -> None:
-    """A run has a front and a generator of its own; with the same bucket, the deployed generator can do its work."""
+    """On the deployed service, or with a front and a generator of the run's own."""
     prompts, clips = tmp_path / "prompts.txt", tmp_path / "clips"
     prompts.write_text(f"{PROMPT}\na green square moving up\n")
-    generate = modal.Cls.from_name("wan-serve", "Generator", client=warm.modal.client)().generate
-    assert generate.get_current_stats().num_total_runners == 1  # so it is the deployed one, which a run is named as
-    many = warm.run("batch", "--prompts", str(prompts), "--output", str(clips))
-    with ThreadPoolExecutor() as pool, warm.client() as client:
-        run = pool.submit(warm.run, "main", "--prompt", PROMPT, "--output", str(clips / "one.mp4"))
-        until(lambda: run.done() or list(client.jobs(state=JobState.QUEUED)), "the run's job", START_S)
-        for job in client.jobs(state=JobState.QUEUED):
-            generate.spawn(job.job_id)
-        one = run.result()
+    many = warm.run("batch", "--prompts", str(prompts), "--output", str(clips), "--url", warm.url)
+    one = warm.run("main", "--prompt", PROMPT, "--output", str(clips / "one.mp4"))
 
     assert (many.exit_code, one.exit_code) == (0, 0), many.output + one.output
     made = sorted(clips.glob("*.mp4"))
