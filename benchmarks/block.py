@@ -20,8 +20,13 @@ TOKENS_PER_LATENT_FRAME = num_tokens(832, 480, 1)
 _DIMS = ARCHITECTURES[WAN_1_3B.name].transformer
 
 
-def block_times(latent_frames: int, rounds: int, advance: Callable[[], None]) -> dict[str, list[float]]:
-    """Seconds of a guided step's part in one block, by lever, in turns. bfloat16, this process's torch threads."""
+def block_times(
+    latent_frames: int, rounds: int, advance: Callable[[], None], *, with_compile: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of a guided step's part in one block, by lever, in turns. bfloat16, this process's torch threads.
+
+    with_compile: also compiled by inductor, which happens in the warm-up.
+    """
     tokens = latent_frames * TOKENS_PER_LATENT_FRAME
     generator = torch.Generator().manual_seed(1)
     with torch.inference_mode():
@@ -46,6 +51,10 @@ def block_times(latent_frames: int, rounds: int, advance: Callable[[], None]) ->
             "one_key_padding": lambda: twice(block, keys),
             "fuse_qkv": lambda: twice(fused, text),
         }
+        if with_compile:
+            compiled = _block()
+            compiled.compile(fullgraph=True)
+            ways["engine.compile regional"] = lambda: twice(compiled, text)
         found: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(rounds + 1):  # the first is the warm-up
             for name, way in ways.items():

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Unit = Literal["s", "clips/s", "items/s"]
+Unit = Literal["s", "clips/s", "items/s", "%"]
 
 
 class _Figure(BaseModel):

@@ -199,7 +199,7 @@ def run(options: argparse.Namespace, scratch: Path, console: Console) -> LeversR
         times = race.times(options.clips, task("clips, in turns", num_variants * (options.clips + 1)))
         questions = held_out_questions(options.prompts)
         seen = race.likeness(questions, task("the same prompts", num_variants * options.prompts))
-        block = _block(options, task("a block at size", 5 * (options.block_rounds + 1)))
+        block = _block(options, task("a block at size", (5 + options.compile) * (options.block_rounds + 1)))
     return LeversReport(
         created_at=created_at,
         duration_s=time.monotonic() - began,
@@ -242,7 +242,7 @@ def _cached(efforts: Sequence[Effort]) -> float:
 
 
 def _block(options: argparse.Namespace, advance: Callable[[], None]) -> BlockReport:
-    found = block_times(options.block_frames, options.block_rounds, advance)
+    found = block_times(options.block_frames, options.block_rounds, advance, with_compile=options.compile)
     return BlockReport(
         tokens=options.block_frames * TOKENS_PER_LATENT_FRAME,
         text_tokens=TEXT_TOKENS,

@@ -62,12 +62,13 @@ class Findings:
 
 @dataclass
 class BesideService:
-    """The engine and one service, block by block."""
+    """The engine and one service, block by block. idle_shares: of the service's device thread, with eight in flight."""
 
     engine_blocks_s: list[list[float]] = field(default_factory=list)
     service_blocks_s: list[list[float]] = field(default_factory=list)
     engine_rates: list[float] = field(default_factory=list)
     service_rates: list[float] = field(default_factory=list)
+    idle_shares: list[float] = field(default_factory=list)
     stages: list[Timings] = field(default_factory=list)
 
 
@@ -191,8 +192,11 @@ class Races:
             found.engine_rates.append(block.clips_per_s)
 
         def by_service(first: int) -> None:
-            block = service_cpu.metered(lambda: service.block(first, num_timed))
-            found.service_rates.append(block.clips_per_s)
+            def work() -> None:
+                block = service_cpu.metered(lambda: service.block(first, num_timed))
+                found.service_rates.append(block.clips_per_s)
+
+            found.idle_shares.append(idle_share(service.device_busy_s, work))
 
         for turn in self._bar.track(range(self._plan.rounds), description="engine, service: eight in flight"):
             first = self._numbers.take(num_timed + 2 * IN_FLIGHT).start
@@ -205,6 +209,14 @@ class Races:
             "engine": sum(engine_cpu.seconds_per_clip().values()),
             "service, together": sum(by_role.values()),
         } | {f"service: {role}": seconds for role, seconds in by_role.items()}
+
+
+def idle_share(busy_s: Callable[[], float], work: Callable[[], None]) -> float:
+    """Do `work`. Returns in what share of its time the device's thread did nothing; busy_s: its work so far."""
+    before, began = busy_s(), time.perf_counter()
+    work()
+    after, ended = busy_s(), time.perf_counter()
+    return 1 - (after - before) / (ended - began)
 
 
 def _in_turn(sides: Sequence[Callable[[], None]], turn: int) -> None:

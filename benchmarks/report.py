@@ -26,6 +26,8 @@ TIMED = {
     "upload, presign": "one put of one clip into the store, one signature for it; by this process, nothing beside it.",
     "engine and service": "the negative prompt's embedding is cached from the start, the prompt's never is.",
     "8 in flight": "a closed loop, each finished clip replaced at once; timed between two finishes, all slots taken.",
+    "device idle": "the share of a whole block, its start and its end too, in which the device's thread did not work, "
+    "by two scrapes of `/metrics`.",
 }
 """What the rows of the first table include."""
 

@@ -17,7 +17,7 @@ from s3_servers.ministack import Ministack
 
 from benchmarks.child import ChildFailed, child
 from benchmarks.command import RESULTS, positive, progress, run_command
-from benchmarks.figures import Comparison, Measure, keeps_rate, no_slower, spread, within_overhead
+from benchmarks.figures import Comparison, Measure, Spread, keeps_rate, no_slower, spread, within_overhead
 from benchmarks.machine import machine
 from benchmarks.races import BesideService, Findings, NotComparable, Plan, Races
 from benchmarks.report import Agreement, Asked, Report, markdown, median_timings, tables, versions
@@ -121,8 +121,10 @@ def measures(found: Findings) -> tuple[Measure, ...]:
         Measure(name="service, one client", unit="s", spread=spread(beside)),
         Measure(name="engine, 8 in flight", unit="clips/s", spread=spread(found.service.engine_rates)),
         Measure(name="service, 8 clients", unit="clips/s", spread=spread(found.service.service_rates)),
+        Measure(name="service, 8 clients: device idle", unit="%", spread=_percent(found.service.idle_shares)),
         Measure(name="service on S3, one client", unit="s", spread=spread(_flat(found.on_s3.service_blocks_s))),
         Measure(name="service on S3, 8 clients", unit="clips/s", spread=spread(found.on_s3.service_rates)),
+        Measure(name="service on S3, 8 clients: device idle", unit="%", spread=_percent(found.on_s3.idle_shares)),
         *(Measure(name=f"upload, {name}", unit="s", spread=spread(times)) for name, times in found.uploads_s.items()),
         *(Measure(name=f"presign, {name}", unit="s", spread=spread(times)) for name, times in found.presigns_s.items()),
     )
@@ -165,6 +167,10 @@ def _asked(plan: Plan, settings: Settings) -> Asked:
 
 def _flat(blocks: Sequence[Sequence[float]]) -> list[float]:
     return [seconds for block in blocks for seconds in block]
+
+
+def _percent(shares: Sequence[float]) -> Spread:
+    return spread([100 * share for share in shares])
 
 
 def _parser() -> argparse.ArgumentParser:

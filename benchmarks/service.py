@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import psutil
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 from s3_servers.ministack import BUCKETS
 
 from benchmarks.workload import IN_FLIGHT, Block, closed_loop, request
@@ -54,6 +55,10 @@ class Service:
         """A closed loop of as many clients, see `workload.closed_loop`."""
         return self._runner.run(closed_loop(self._generate, first, num_timed=num_timed))
 
+    def device_busy_s(self) -> float:
+        """Seconds in which the device's thread has worked since its start. Raises ServiceFailed."""
+        return busy_seconds(self._runner.run(self._http.get("/metrics")).text)
+
     def close(self) -> None:
         """Close the clients' connections."""
         self._runner.run(self._http.aclose())
@@ -71,6 +76,15 @@ class Service:
         if answer.status_code != 200:
             raise ServiceFailed(f"status {answer.status_code}: {answer.text}")
         return answer.content
+
+
+def busy_seconds(page: str) -> float:
+    """Of the device's thread, from what `/metrics` answered. Raises ServiceFailed where it is missing."""
+    families = text_string_to_metric_families(page)
+    found = [s.value for family in families for s in family.samples if s.name == "wan_device_busy_seconds_total"]
+    if not found:
+        raise ServiceFailed("/metrics has no wan_device_busy_seconds_total")
+    return sum(found)
 
 
 def write_config(folder: Path, s3_endpoint: str | None = None, **args_over: Any) -> tuple[Path, Settings]:

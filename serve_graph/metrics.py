@@ -138,6 +138,12 @@ _FORWARDS = _counter(
     "wan_forwards_total", "Forwards of the transformer, with the prompt (cond) or without (uncond).", "kind"
 )
 _IN_FLIGHT = _gauge("wan_jobs_in_flight", "Jobs that the engine holds.")
+_DEVICE_BUSY = _counter(
+    "wan_device_busy_seconds_total", "Seconds in which the device's thread worked on jobs; the rest is its idle time."
+)
+_DEVICE_BLOCKED = _counter(
+    "wan_device_blocked_seconds_total", "Seconds in which the device's thread waited for the encoder to take frames."
+)
 _WASTED_STEPS = _counter("wan_wasted_steps_total", "Steps of jobs that were then cancelled or failed.")
 _UPLOAD_BYTES = _counter("wan_upload_bytes_total", "Bytes of clips that reached the store.")
 _UPLOAD_ERRORS = _counter("wan_upload_errors_total", "Clips that did not reach the store.", "error")
@@ -149,7 +155,7 @@ FAMILIES: Final = (
     *(_JOBS_WAITING, _JOBS_RUNNING, _QUEUE_CAPACITY, _WEBHOOKS),
     *(_BATCHES, _BATCHES_RUNNING, _BATCH_JOBS_WAITING, _CONTAINER_STARTS),
     *(_ENCODE, _ENCODE_BATCH, _CACHE_HITS, _CACHE_MISSES, _CACHE_BYTES, _PROMPT_TOKENS),
-    *(_STEP, _STEP_BATCH, _FORWARDS, _IN_FLIGHT, _WASTED_STEPS),
+    *(_STEP, _STEP_BATCH, _FORWARDS, _IN_FLIGHT, _DEVICE_BUSY, _DEVICE_BLOCKED, _WASTED_STEPS),
     *(_UPLOAD_BYTES, _UPLOAD_ERRORS, _MODEL_INFO, _DEVICE_MEMORY),
 )
 
@@ -305,6 +311,8 @@ class GeneratorMetrics:
         self._step_batch = _STEP_BATCH.histogram(registry)
         self._forwards = _FORWARDS.counter(registry)
         self._in_flight = _IN_FLIGHT.gauge(registry)
+        self._device_busy = _DEVICE_BUSY.counter(registry)
+        self._device_blocked = _DEVICE_BLOCKED.counter(registry)
         self._wasted_steps = _WASTED_STEPS.counter(registry)
         self._upload_bytes = _UPLOAD_BYTES.counter(registry)
         self._upload_errors = _UPLOAD_ERRORS.counter(registry)
@@ -324,6 +332,14 @@ class GeneratorMetrics:
     def set_jobs_in_flight(self, num_jobs: int) -> None:
         """Set how many jobs the engine holds."""
         self._in_flight.set(num_jobs)
+
+    def device_worked(self, duration_s: float) -> None:
+        """Record one unit of work of the device's thread, whatever came of it."""
+        self._device_busy.inc(duration_s)
+
+    def device_waited(self, duration_s: float) -> None:
+        """Record how long the device's thread waited until a job's encoder took its frames."""
+        self._device_blocked.inc(duration_s)
 
     def steps_wasted(self, num_steps: int) -> None:
         """Record the steps of a job that was then cancelled or failed."""

@@ -6,6 +6,11 @@ those activations, for kernels' workspaces and what the allocator rounds up and 
 process on the card. It is for one clip at a time; a second decode that is open keeps `Vae.feature_bytes` more. Latents,
 embeddings and the text encoder's activations (a third of a GB for eight prompts) are within the allowances.
 
+*Not counted* is what a request's levers add: `batched_guidance` doubles a forward's activations, and with
+`first_block_threshold` each job that has begun keeps two tensors of tokens x dim for each of its two predictions (and
+in a step the new ones beside them), 2.9 GiB for 14B at 720p and 81 frames in bfloat16. Nor is the saving of weights in
+int8, with which a service plans nothing.
+
 *The floor* is the FLOP of all forwards, the decode and the text encoder where it is on the GPU, over the card's dense
 bfloat16 peak: no real run is quicker without doing less. *Expected* is the floor over `EFFICIENCY`: an estimate.
 """

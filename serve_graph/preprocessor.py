@@ -50,8 +50,9 @@ class Preprocessor:
         found = locate_checkpoint(profile, model.path, model.revision)
         self._registry = new_registry()
         self._metrics = PreprocessorMetrics(self._registry)
+        dtype, int8_weights = resolve_dtype(model.text_dtype, device), settings.text.int8_weights
         self._encoder = TextEncoder(
-            load_text_parts(found.folder, device, resolve_dtype(model.text_dtype, device)),
+            load_text_parts(found.folder, device, dtype, int8_weights=int8_weights),
             profile.max_sequence_length,
             settings.text.cache_bytes,
             self._metrics,

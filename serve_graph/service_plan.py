@@ -33,9 +33,10 @@ def placement_of(model: ModelSettings) -> Placement:
 
 
 def plan_for(settings: Settings) -> ModelPlan | None:
-    """None where the plan's bytes are not the service's: a profile of one's own, or weights in int8."""
-    model = settings.model
-    return None if settings.engine.int8_weights else plan_of(model.profile, placement_of(model))
+    """None where the plan's bytes are not the service's: a profile of one's own, or weights in int8 on the GPU."""
+    placement = placement_of(settings.model)
+    in_int8 = settings.engine.int8_weights or (settings.text.int8_weights and placement.text_on_gpu)
+    return None if in_int8 else plan_of(settings.model.profile, placement)
 
 
 def check_start(settings: Settings, name: str, memory_bytes: int) -> None:

@@ -219,6 +219,9 @@ class TextSettings(_Section):
     cache_bytes: int = Field(default=64 * 2**20, ge=0, description="Embeddings kept, least recently used out first.")
     max_batch_size: int = Field(default=8, ge=1, description="Prompts encoded in one forward.")
     num_threads: int = Field(default=1, ge=1, description="CPU threads of the text encoder.")
+    int8_weights: bool = Field(
+        default=False, description="The text encoder's weights in int8: fewer bytes, and other clips; needs `[int8]`."
+    )
 
 
 class WebhookSettings(_Section):

@@ -186,7 +186,9 @@ class Engine:
         decoded: list[npt.NDArray[np.uint8]] = []
         if not self._guarded([job], lambda: decoded.append(job.decoding.next_frames()), job.decoding.start_smaller):
             return
-        if len(decoded[0]) and not self._guarded([job], lambda: job.sink.write(decoded[0])):
+        if len(decoded[0]) and not self._guarded(
+            [job], lambda: job.sink.write(decoded[0]), count=self._metrics.device_waited
+        ):
             return
         seconds = time.monotonic() - began
         self._model.saw_chunk(job.work, seconds)
@@ -197,13 +199,18 @@ class Engine:
             job.finish()
 
     def _guarded(
-        self, jobs: Sequence[EngineJob], unit: Callable[[], None], start_smaller: Callable[[], bool] = lambda: False
+        self,
+        jobs: Sequence[EngineJob],
+        unit: Callable[[], None],
+        start_smaller: Callable[[], bool] = lambda: False,
+        count: Callable[[float], None] | None = None,
     ) -> bool:
         """Run one unit of work for `jobs`. Returns whether it succeeded; a failure ends only who caused it.
 
-        start_smaller: asked after running out of memory; where it returns True, nobody ends.
+        start_smaller: asked after running out of memory; where it returns True, nobody ends. count: told the unit's
+        seconds; None: they are the device's work.
         """
-        self._busy_since = time.monotonic()
+        self._busy_since = began = time.monotonic()
         try:
             unit()
         except Exception as error:  # the boundary where a job's failure becomes the job's and nobody else's
@@ -215,6 +222,7 @@ class Engine:
             return True
         finally:
             self._busy_since = None
+            (count or self._metrics.device_worked)(time.monotonic() - began)
         again = isinstance(problem, OutOfMemory) and start_smaller()
         if len(jobs) == 1 and not again:
             self._end(jobs[0], problem)

@@ -55,16 +55,46 @@ def predict(
     threshold: a forward ends after its first block below this relative change; None: never.
     """
     rotary = transformer.rope(latents)
-    hidden = transformer.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()  # (B, S, dim)
     temb, projection, texts = _conditions(transformer, latents, timesteps, rows)
-    first_block, *others = transformer.blocks
+    if threshold is None:
+        hidden = _run(transformer.blocks, _embed(transformer, latents), texts, projection, rotary)
+        memories, cached = [row.memory for row in rows], [False] * len(rows)
+    else:
+        known = [row.memory for row in rows]
+        hidden, memories, cached = _run_or_remember(
+            transformer.blocks, _embed(transformer, latents), texts, projection, rotary, known, threshold
+        )
+    noise = _head(transformer, hidden, temb, latents.shape)
+    return [Predicted(noise[i : i + 1], memories[i], cached[i]) for i in range(len(rows))]
+
+
+def _embed(transformer: WanTransformer3DModel, latents: torch.Tensor) -> torch.Tensor:
+    """(B, S, dim). Handed on unnamed: a name in `predict` would hold these bytes until the last block is done."""
+    patches: torch.Tensor = transformer.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
+    return patches
+
+
+def _run_or_remember(
+    blocks: Sequence[torch.nn.Module],
+    hidden: torch.Tensor,
+    texts: Sequence[torch.Tensor | TextKeys],
+    projection: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    known: Sequence[Memory | None],
+    threshold: float,
+) -> tuple[torch.Tensor, list[Memory | None], list[bool]]:
+    """All blocks, or for rows that changed little the first and what is known of the others.
+
+    Returns what the last block gives, (B, S, dim), each row's memory for the next forward, and who was cached.
+    """
+    first_block, *others = blocks
     before, hidden = hidden, first_block(hidden, texts[0], projection, rotary)
-    cached: list[bool] = [False] * len(rows)
-    memories = [row.memory for row in rows]
-    if threshold is not None:
-        cached = _little_changed(hidden - before, memories, threshold)
+    first = hidden - before
+    del before
+    cached = _little_changed(first, known, threshold)
+    memories = list(known)
     after = hidden.clone() if any(cached) else hidden
-    for i, memory in enumerate(memories):
+    for i, memory in enumerate(known):
         if cached[i] and memory is not None:
             after[i : i + 1] += memory.rest
     if not any(cached):
@@ -73,12 +103,11 @@ def predict(
         index = torch.tensor([i for i, is_cached in enumerate(cached) if not is_cached], device=hidden.device)
         chosen = [_chosen(text, index) for text in texts[1:]]
         after[index] = _run(others, hidden[index], chosen, projection[index], rotary)
-    if threshold is not None:
-        for i in [i for i, is_cached in enumerate(cached) if not is_cached]:
-            own = slice(i, i + 1)
-            memories[i] = Memory(hidden[own] - before[own], after[own] - hidden[own])
-    noise = _head(transformer, after, temb, latents.shape)
-    return [Predicted(noise[i : i + 1], memories[i], cached[i]) for i in range(len(rows))]
+    for i in [i for i, is_cached in enumerate(cached) if not is_cached]:
+        own = slice(i, i + 1)
+        own_first = first[own].clone() if len(first) > 1 else first  # a view would hold the other rows
+        memories[i] = Memory(own_first, after[own] - hidden[own])
+    return after, memories, cached
 
 
 def _conditions(
@@ -112,13 +141,18 @@ def _chosen(text: torch.Tensor | TextKeys, index: torch.Tensor) -> torch.Tensor 
 
 def _little_changed(first: torch.Tensor, memories: Sequence[Memory | None], threshold: float) -> list[bool]:
     """Row by row: mean |change| over mean |before|, both of what the first block added."""
-    known = [i for i, memory in enumerate(memories) if memory is not None]
+    known = {i: memory for i, memory in enumerate(memories) if memory is not None}
     if not known:
         return [False] * len(memories)
-    last = torch.cat([memory.first for memory in memories if memory is not None]).float()
-    changes = (first[known].float() - last).abs().mean((1, 2)) / last.abs().mean((1, 2))
+    changes = torch.stack([relative_change(first[i : i + 1], memory.first) for i, memory in known.items()])
     small = dict(zip(known, (changes < threshold).tolist(), strict=True))  # waits for the device, once per forward
     return [small.get(i, False) for i in range(len(memories))]
+
+
+def relative_change(values: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """Mean |values - last| over mean |last|, in float32, of which there are 4 bytes per element at a time."""
+    change = values.to(torch.float32, copy=True).sub_(last).abs_().mean()
+    return change / last.to(torch.float32, copy=True).abs_().mean()
 
 
 def _head(

@@ -7,19 +7,23 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from random_wan import RANDOM_WAN
 
-from benchmarks import trace
+from benchmarks import races, trace
 from benchmarks.figures import Measure, at_most, keeps_rate, no_slower, ratios, spread, within_overhead
 from benchmarks.machine import Machine
 from benchmarks.processes import TOGETHER, Memory, cpu_seconds, memory, memory_by_role, role_of
-from benchmarks.races import Numbers, Plan
+from benchmarks.races import Findings, Numbers, Plan, idle_share
 from benchmarks.report import Agreement, Asked, JobsReport, Report, jobs_markdown, markdown, median_timings
+from benchmarks.run import measures
+from benchmarks.service import ServiceFailed, busy_seconds
 from benchmarks.tables import write_report_files
 from benchmarks.workload import IN_FLIGHT, closed_loop, request
 from schemas.clips import Timings
+from serve_graph.metrics import GeneratorMetrics, merge, new_registry, snapshot
 from serve_graph.settings import EncodeSettings, EngineSettings, TextSettings
 
 
@@ -181,6 +185,47 @@ def test_markdown_has_a_row_per_figure_in_tables_of_even_width() -> None:
     for table in text.split("\n\n"):
         rows = [line for line in table.splitlines() if line.startswith("|")]
         assert len({row.count("|") for row in rows}) <= 1
+
+
+def findings(**service: list[float]) -> Findings:
+    """One value of everything, but for those of the service on the local folder that are given."""
+    found = Findings(stock_s=[0.2], engine_s=[0.1])
+    for beside in (found.service, found.on_s3):
+        beside.engine_blocks_s, beside.service_blocks_s = [[0.1]], [[0.1]]
+        beside.engine_rates, beside.service_rates, beside.idle_shares = [1.0], [1.0], [0.5]
+    for name, values in service.items():
+        setattr(found.service, name, values)
+    return found
+
+
+def test_report_has_a_row_for_how_idle_the_device_was_under_load() -> None:
+    report = make_report().model_copy(update={"measures": measures(findings(idle_shares=[0.25, 0.125, 0.5]))})
+
+    text = markdown(report)
+
+    assert "| service, 8 clients: device idle | 25.00 | 12.50 | 50.00 | % | 3 |" in text
+    assert "| service on S3, 8 clients: device idle | 50.00 | 50.00 | 50.00 | % | 1 |" in text
+
+
+def test_idle_share_is_what_the_device_s_work_leaves_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, busy = 100.0, 7.0
+
+    def work() -> None:
+        nonlocal now, busy
+        now, busy = now + 8.0, busy + 6.0
+
+    monkeypatch.setattr(races, "time", SimpleNamespace(perf_counter=lambda: now))
+
+    assert idle_share(lambda: busy, work) == 0.25
+
+
+def test_busy_seconds_are_read_off_the_service_s_own_page() -> None:
+    registry = new_registry()
+    GeneratorMetrics(registry).device_worked(2.5)
+
+    assert busy_seconds(merge([("Generator", "g1", snapshot(registry))]).decode()) == 2.5
+    with pytest.raises(ServiceFailed, match="wan_device_busy_seconds_total"):
+        busy_seconds(merge([]).decode())
 
 
 def test_help_is_told_without_measuring() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 from random_wan import RANDOM_WAN
-from support import CLIP_BYTES, PATIENCE_S, PROGRESS, PUBLIC_URL, STAGES_S, Jobs, LogLines, open_jobs
+from support import CLIP_BYTES, PATIENCE_S, PROGRESS, PUBLIC_URL, STAGES_S, Gate, Jobs, LogLines, open_jobs
 
 from schemas.errors import (
     ClipGone,
@@ -297,6 +297,24 @@ async def test_submit_does_not_count_running_jobs_as_waiting(tmp_path: Path) -> 
         gate.open()
         await jobs.service.wait(running.job_id)
         await jobs.service.wait(waiting.job_id)
+
+
+async def test_prompts_of_the_next_job_are_encoded_while_another_renders(tmp_path: Path) -> None:
+    with open_jobs(tmp_path / "store", max_dispatched_jobs=2) as jobs:
+        running = jobs.worker.gates["running"]
+        running.close()
+        first = await jobs.service.submit(REQUEST, "request-1")
+        await running.reached()
+        jobs.worker.gates["queued"] = handed_over = Gate()
+
+        second = await jobs.service.submit(REQUEST, "request-2")
+
+        await handed_over.reached()  # with its prompt encoded
+        assert jobs.worker.rendering == {first.job_id, second.job_id}
+        assert jobs.worker.rendered == []
+        running.open()
+        for record in (first, second):
+            await jobs.service.wait(record.job_id)
 
 
 async def test_submit_admits_exactly_the_bound_when_fifty_come_at_once(tmp_path: Path) -> None:

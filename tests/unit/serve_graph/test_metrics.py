@@ -219,6 +219,8 @@ def test_generator_records_steps_forwards_and_uploads(registry: CollectorRegistr
     metrics.step_done(0.4, batch_size=3)
     metrics.forward_done("uncond")
     metrics.set_jobs_in_flight(3)
+    metrics.device_worked(2.5)
+    metrics.device_waited(0.5)
     metrics.steps_wasted(7)
     metrics.clip_uploaded(1000)
     metrics.set_device_memory_used(5)
@@ -226,6 +228,8 @@ def test_generator_records_steps_forwards_and_uploads(registry: CollectorRegistr
     assert value("wan_step_batch_size_sum") == 3
     assert [value("wan_forwards_total", kind=kind) for kind in ("cond", "uncond")] == [0, 1]
     assert value("wan_jobs_in_flight") == 3
+    assert value("wan_device_busy_seconds_total") == 2.5
+    assert value("wan_device_blocked_seconds_total") == 0.5
     assert value("wan_wasted_steps_total") == 7
     assert value("wan_upload_bytes_total") == 1000
     assert value("wan_device_memory_used_bytes") == 5

@@ -21,7 +21,7 @@ from serve_graph.plan import (
     rows,
 )
 from serve_graph.service_plan import ServicePlan, check_start, placement_of, plan_for
-from serve_graph.settings import EngineSettings, ModelSettings, Settings
+from serve_graph.settings import EngineSettings, ModelSettings, Settings, TextSettings
 
 L4, A100_40GB, A100_80GB, H100 = GPUS.values()
 TEXT_ON_GPU = Placement(text_on_gpu=True, text_dtype="bfloat16")
@@ -184,6 +184,22 @@ def test_a_model_that_fits_no_clip_on_the_gpu_does_not_start() -> None:
 
 def test_max_clip_pixels_takes_the_plan_s_place_at_the_start() -> None:
     check_start(settings(WAN_14B.name, max_clip_pixels=10**9), "NVIDIA L4", L4.memory_bytes)
+
+
+@pytest.mark.parametrize(
+    ("engine", "text", "text_device", "plans"),
+    [(True, False, "cpu", False), (False, True, "auto", False), (False, True, "cpu", True)],
+)
+def test_nothing_is_planned_with_int8_weights_on_the_gpu(
+    engine: bool, text: bool, text_device: str, plans: bool
+) -> None:
+    asked = Settings(
+        model=ModelSettings(profile=WAN_14B, text_device=text_device),
+        engine=EngineSettings(int8_weights=engine),
+        text=TextSettings(int8_weights=text),
+    )
+
+    assert (plan_for(asked) is not None) is plans
 
 
 def test_a_profile_of_one_s_own_is_not_judged() -> None:

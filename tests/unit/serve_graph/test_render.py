@@ -34,6 +34,7 @@ from schemas.jobs import Progress, RenderedClip
 from schemas.presets import Effort, Levers
 from schemas.requests import GenerationParameters
 from serve_graph import render
+from serve_graph.encode import Mp4Writer
 from serve_graph.engine.checkpoint import GeneratorParts
 from serve_graph.engine.job import EngineJob, Finished
 from serve_graph.engine.loop import Engine
@@ -615,6 +616,58 @@ async def test_render_cancelled_in_the_middle_of_its_upload_leaves_no_clip(
 
     assert store.list("").stats == ()
     assert left_in(spool) == []
+
+
+async def test_render_makes_other_clips_while_the_upload_of_one_is_held_up(
+    make_renderer: MakeRenderer,
+    make_task: MakeTask,
+    prompt: PreparedPrompt,
+    store: LocalStore,
+    tmp_path: Path,
+    quiet_loop: None,
+) -> None:
+    """Neither the device's thread nor the event loop waits for a store."""
+    held = HeldStore(tmp_path / "held")
+    rendering = asyncio.create_task(collect(make_renderer(store=held).render(make_task(), prompt)))
+    assert await asyncio.to_thread(held.putting.wait, PATIENCE_S)
+
+    [*_, clip] = await collect(make_renderer().render(make_task("job_2", "clips/clip_2/a.mp4"), prompt))
+
+    assert isinstance(clip, RenderedClip)
+    assert store.get(clip.key).body
+    assert held.list("").stats == ()
+    held.let_go.set()
+    assert isinstance((await rendering)[-1], RenderedClip)
+
+
+async def test_render_makes_other_clips_while_the_encoder_of_one_is_held_up(
+    make_renderer: MakeRenderer,
+    make_task: MakeTask,
+    prompt: PreparedPrompt,
+    monkeypatch: pytest.MonkeyPatch,
+    quiet_loop: None,
+) -> None:
+    """As long as the held clip's frames have room, which these 9 have; then the device's thread waits."""
+    encoding, let_go = threading.Event(), threading.Event()
+    write = Mp4Writer.write
+
+    def held_write(writer: Mp4Writer, frames: npt.NDArray[np.uint8]) -> None:
+        if not encoding.is_set():
+            encoding.set()
+            assert let_go.wait(PATIENCE_S)
+        write(writer, frames)
+
+    monkeypatch.setattr(Mp4Writer, "write", held_write)
+    renderer = make_renderer()
+    rendering = asyncio.create_task(collect(renderer.render(make_task(), prompt)))
+    assert await asyncio.to_thread(encoding.wait, PATIENCE_S)
+
+    [*_, clip] = await collect(renderer.render(make_task("job_2", "clips/clip_2/a.mp4"), prompt))
+
+    assert isinstance(clip, RenderedClip)
+    assert not rendering.done()
+    let_go.set()
+    assert isinstance((await rendering)[-1], RenderedClip)
 
 
 class AbsentStore(LocalStore):

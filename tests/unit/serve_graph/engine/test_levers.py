@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from live_bytes import peak_bytes
 from random_wan import RANDOM_WAN
 from torch.overrides import TorchFunctionMode
 
@@ -18,6 +19,7 @@ from schemas.requests import GenerationParameters
 from serve_graph.engine.checkpoint import GeneratorParts, load_generator_parts
 from serve_graph.engine.denoise import Denoising, denoise_step, pad_embedding
 from serve_graph.engine.job import EngineEvent, Finished, Started
+from serve_graph.engine.short_forward import Predicted, predict, relative_change
 from serve_graph.engine.text_keys import text_keys
 from serve_graph.scheduling import WorkModel
 
@@ -252,6 +254,48 @@ def test_a_forward_that_fails_leaves_the_cache_as_it_was(
 
     assert job.rows == before
     assert torch.equal(run(generator_parts, job), run(generator_parts, untroubled))
+
+
+def forward_of(parts: GeneratorParts, jobs: list[Denoising], threshold: float | None) -> Callable[[], list[Predicted]]:
+    """The next forward of these jobs, with the prompt, to be called; its inputs are there before. Changes no job."""
+    latents = torch.cat([job.latents for job in jobs])
+    timesteps = torch.stack([job.timesteps[job.step] for job in jobs])
+    return partial(predict, parts.transformer, latents, timesteps, [job.rows["cond"] for job in jobs], threshold)
+
+
+def test_a_forward_without_a_threshold_holds_no_byte_more_than_the_transformers_own(
+    generator_parts: GeneratorParts, make_denoising: MakeDenoising
+) -> None:
+    """The first block's input, and then its output, once stayed there until the last block was done."""
+    job = make_denoising(BATCHED, num_frames=81)
+    stock = partial(generator_parts.transformer, job.latents, job.timesteps[:1], job.positive, return_dict=False)
+
+    assert peak_bytes(forward_of(generator_parts, [job], None)) <= 1.001 * peak_bytes(stock)
+
+
+def test_a_change_is_measured_with_four_bytes_per_element() -> None:
+    """It once took 12 beside the two tensors."""
+    values, last = (torch.randn(1, 64, 32, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (1, 2))
+    floats, last_floats = values.float(), last.float()
+    expected = (floats - last_floats).abs().mean() / last_floats.abs().mean()
+
+    assert peak_bytes(lambda: relative_change(values, last)) <= 4 * values.numel() + 64
+    assert torch.equal(relative_change(values, last), expected)
+    assert torch.equal(relative_change(floats, last_floats), expected)
+    assert torch.equal(floats, values.float())  # left as they were
+    assert torch.equal(last_floats, last.float())
+
+
+def test_what_is_kept_of_a_shared_forward_holds_no_other_jobs_rows(
+    generator_parts: GeneratorParts, make_denoising: MakeDenoising
+) -> None:
+    jobs = [make_denoising(CACHED, seed=seed) for seed in (1, 2)]
+
+    memories = [one.memory for one in forward_of(generator_parts, jobs, 0.1)()]
+
+    assert None not in memories
+    for kept in [tensor for memory in memories if memory is not None for tensor in (memory.first, memory.rest)]:
+        assert kept.untyped_storage().nbytes() == kept.nbytes
 
 
 # Decoding in bfloat16

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from schemas.errors import JobCancelled, OutOfMemory, RenderFailed, ShuttingDown, StoreFull, WanError, WorkerLost
 from schemas.handoff import PreparedPrompt, Standing, Started, TextEmbedding
 from schemas.jobs import Progress
+from serve_graph.engine import loop
 from serve_graph.engine.checkpoint import GeneratorParts, load_generator_parts
 from serve_graph.engine.job import Denoised, EngineEvent, Failed, Finished
 
@@ -355,6 +357,43 @@ def test_engine_counts_the_devices_time_for_a_job_without_the_turns_of_others(
     shorts_s = told_of_short.denoise_device_s + told_of_short.decode_device_s
     assert 0 < told.denoise_device_s <= told.denoise_s - shorts_s
     assert 0 < told.decode_device_s <= told.decode_s
+
+
+def test_engine_counts_the_seconds_of_its_threads_work_apart_from_those_in_which_it_waits_for_a_sink(
+    make_engine: "MakeEngine",
+    make_probe: "MakeProbe",
+    generator_parts: GeneratorParts,
+    registry: CollectorRegistry,
+    marked: PreparedPrompt,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a clock that only forwards, also one that fails, decodes and sinks move."""
+    now = 0.0
+
+    def take(seconds: float) -> Callable[..., None]:
+        def pass_time(*_: object) -> None:
+            nonlocal now
+            now += seconds
+
+        return pass_time
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now))
+    engine = make_engine()
+    failing = make_probe("failing", prompt_embeddings=marked)
+    probe = make_probe(num_inference_steps=3, guidance_scale=1.0, on_frames=take(1000.0))
+    with ExitStack() as hooks:
+        hooks.enter_context(generator_parts.transformer.register_forward_pre_hook(take(1.0)))
+        hooks.enter_context(generator_parts.vae.decoder.register_forward_pre_hook(take(100.0)))
+        hooks.enter_context(on_marked_forward(generator_parts, run_out_of_memory))
+        for job in (failing, probe):
+            engine.submit(job.job)
+            job.end()
+    engine.close()
+
+    value, num_chunks = registry.get_sample_value, len(probe.chunks)
+    assert num_chunks == 3
+    assert value("wan_device_busy_seconds_total") == 1.0 + 3 * 1.0 + num_chunks * 100.0
+    assert value("wan_device_blocked_seconds_total") == num_chunks * 1000.0
 
 
 # Telling

@@ -15,6 +15,7 @@ from schemas.requests import GenerationParameters
 from serve_graph.engine.checkpoint import GeneratorParts, load_generator_parts
 from serve_graph.engine.decode import Decoding
 from serve_graph.engine.denoise import Denoising, denoise_step
+from serve_graph.engine.text_checkpoint import load_text_parts
 from serve_graph.engine.tuning import tune
 
 BOUND = 1e-5
@@ -139,6 +140,34 @@ def test_int8_weights_hold_a_quarter_of_the_blocks_bytes_and_give_nearly_the_sam
 
     assert held_bytes(own_parts.transformer.blocks[0].ffn) < 0.45 * before  # scales and biases stay float32
     assert BOUND < distance(run_steps(own_parts, NO_LEVERS), run_steps(generator_parts, NO_LEVERS)) < 0.2
+
+
+def test_an_int8_text_encoder_says_what_to_install_where_torchao_is_missing(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+
+    with pytest.raises(ModelNotReady, match=r"text.int8_weights needs torchao: pip install -e '.\[int8\]'"):
+        load_text_parts(tiny_folder, torch.device("cpu"), "float32", int8_weights=True)
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("float32", 0.45), ("bfloat16", 0.75)])
+def test_an_int8_text_encoder_holds_fewer_bytes_in_its_layers_and_gives_nearly_the_same_embeddings(
+    dtype: str, share: float, tiny_folder: Path
+) -> None:
+    pytest.importorskip("torchao", reason="an optional extra, which need not be installed")
+    exact = load_text_parts(tiny_folder, torch.device("cpu"), dtype)
+    small = load_text_parts(tiny_folder, torch.device("cpu"), dtype, int8_weights=True)
+    ids = exact.tokenizer("a red circle moving left", return_tensors="pt")
+    with torch.inference_mode():
+        found, expected = (
+            parts.text_encoder(ids.input_ids, ids.attention_mask).last_hidden_state for parts in (small, exact)
+        )
+
+    assert held_bytes(small.text_encoder.encoder.block) < share * held_bytes(exact.text_encoder.encoder.block)
+    assert held_bytes(small.text_encoder.shared) == held_bytes(exact.text_encoder.shared)
+    assert found.dtype == expected.dtype
+    assert BOUND < distance(found, expected) < 0.2
 
 
 def held_bytes(module: torch.nn.Module) -> int:
