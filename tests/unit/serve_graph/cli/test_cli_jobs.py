@@ -71,7 +71,7 @@ def test_generate_tells_wrong_usage_in_one_line(wan_serve: Run, arguments: list[
 
 def test_generate_asks_for_the_adapters_that_it_is_given(wan_serve: Run) -> None:
     """The scripted service's profile has none, and its refusal tells what came."""
-    message = error_of(wan_serve("generate", "x", "--lora", "style=0.5", "--lora", "motion"), 1)
+    message = error_of(wan_serve("generate", "x", "--lora", "style=0.5", "--lora", "motion"), 2)
 
     assert "has no 'style'" in message
     assert "has no 'motion'" in message
