@@ -4,6 +4,7 @@ from datetime import datetime
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from schemas.loras import AppliedLora
 from schemas.presets import Effort, PresetName
 
 
@@ -45,6 +46,7 @@ class Clip(BaseModel):
     flow_shift: float
     reproducible: bool
     preset: PresetName = "exact"
+    loras: tuple[AppliedLora, ...] = Field(default=(), description="The adapters that it was made with.")
     effort: Effort | None = Field(default=None, description="What it took; null for clips from before it was kept.")
     size_bytes: int
     sha256: str = Field(description="Hex SHA-256 of the MP4 bytes.")

@@ -6,11 +6,12 @@ what was asked; nothing is rounded or corrected. It is the only place that knows
 
 import secrets
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from schemas.errors import FieldError, InvalidRequest
+from schemas.loras import MAX_LORA_WEIGHT, MAX_LORAS, AppliedLora, Lora, LoraName
 from schemas.presets import EXACT, Preset, PresetName
 from schemas.requests import MAX_SEED, GenerateRequest, GenerationParameters
 
@@ -49,6 +50,9 @@ class Defaults(BaseModel):
     guidance_scale: float
     flow_shift: float
     negative_prompt: str
+    loras: tuple[AppliedLora, ...] = Field(
+        default=(), description="Adapters of every clip, unless a request gives one another weight; 0 leaves it out."
+    )
 
 
 class ModelProfile(BaseModel):
@@ -63,12 +67,19 @@ class ModelProfile(BaseModel):
     min_num_frames: int
     max_num_frames: int
     fps: tuple[int, ...] = Field(description="Playback rates; Wan's motion is made for 16.")
+    min_num_inference_steps: int = Field(default=1, ge=1)
     max_num_inference_steps: int
     min_guidance_scale: float = 1.0
     max_guidance_scale: float
     min_flow_shift: float
     max_flow_shift: float
     defaults: Defaults
+    scheduler: Literal["euler"] | None = Field(
+        default=None,
+        description="`euler`: first-order steps at evenly spaced times, shifted, as few-step models are trained for; "
+        "null: the checkpoint's own.",
+    )
+    loras: dict[LoraName, Lora] = Field(default={}, description="Adapters that a request may name.")
     presets: dict[PresetName, Preset] = Field(
         default={"exact": EXACT},
         description="What a request's `preset` may name, and what it means; `exact` is always there and has no levers.",
@@ -84,8 +95,18 @@ class ModelProfile(BaseModel):
     @model_validator(mode="after")
     def _presets_can_be_served(self) -> "ModelProfile":
         for name, preset in self.presets.items():
-            if (preset.num_inference_steps or 1) > self.max_num_inference_steps:
+            steps = _or(preset.num_inference_steps, self.min_num_inference_steps)
+            if steps > self.max_num_inference_steps:
                 raise ValueError(f"preset {name} takes more than max_num_inference_steps")
+            if steps < self.min_num_inference_steps:
+                raise ValueError(f"preset {name} takes fewer than min_num_inference_steps")
+        return self
+
+    @model_validator(mode="after")
+    def _default_loras_are_known(self) -> "ModelProfile":
+        unknown = [lora.name for lora in self.defaults.loras if lora.name not in self.loras]
+        if unknown:
+            raise ValueError(f"defaults.loras names {', '.join(unknown)}, which loras lacks")
         return self
 
     def resolve(
@@ -103,11 +124,13 @@ class ModelProfile(BaseModel):
             errors.append(self._refusal("fps", f"{fps} is not offered", nearest_values(fps, self.fps)))
         num_frames = self._num_frames(request, fps if fps_is_legal else None, errors)
         steps = _or(request.num_inference_steps, _or(preset.num_inference_steps, self.defaults.num_inference_steps))
-        self._check_range("num_inference_steps", steps, 1, self.max_num_inference_steps, errors)
+        fewest, most = self.min_num_inference_steps, self.max_num_inference_steps
+        self._check_range("num_inference_steps", steps, fewest, most, errors)
         guidance_scale = _or(request.guidance_scale, self.defaults.guidance_scale)
         self._check_range("guidance_scale", guidance_scale, self.min_guidance_scale, self.max_guidance_scale, errors)
         flow_shift = _or(request.flow_shift, self.defaults.flow_shift)
         self._check_range("flow_shift", flow_shift, self.min_flow_shift, self.max_flow_shift, errors)
+        loras = self._loras(request, errors)
         if errors or size is None or num_frames is None:
             raise InvalidRequest(errors)
         return GenerationParameters(
@@ -124,6 +147,7 @@ class ModelProfile(BaseModel):
             reproducible=request.reproducible or request.preset == "exact",
             preset=request.preset or "exact",
             levers=preset.levers,
+            loras=loras,
         )
 
     def legal(self, field: str) -> str | None:
@@ -140,11 +164,15 @@ class ModelProfile(BaseModel):
             "aspect_ratio": "one of " + ", ".join(unique(r.aspect_ratio for r in self.resolutions)),
             "width": f"with height, one of {sizes}",
             "height": f"with width, one of {sizes}",
-            "num_inference_steps": f"1 to {self.max_num_inference_steps}",
+            "num_inference_steps": f"{self.min_num_inference_steps} to {self.max_num_inference_steps}",
             "guidance_scale": f"{self.min_guidance_scale:g} to {self.max_guidance_scale:g}",
             "flow_shift": f"{self.min_flow_shift:g} to {self.max_flow_shift:g}",
             "seed": f"0 to {MAX_SEED}",
             "preset": "one of " + ", ".join(self.presets),
+            "loras": f"up to {MAX_LORAS} of {', '.join(self.loras)}, weights from {-MAX_LORA_WEIGHT:g} to "
+            f"{MAX_LORA_WEIGHT:g}"
+            if self.loras
+            else "none",
         }
         return words.get(field)
 
@@ -163,6 +191,16 @@ class ModelProfile(BaseModel):
         if request.preset is not None and request.preset not in self.presets:
             errors.append(self._refusal("preset", f"{self.name} has no {request.preset!r}", tuple(self.presets)))
         return self.presets.get(request.preset or "exact", EXACT)
+
+    def _loras(self, request: GenerateRequest, errors: list[FieldError]) -> tuple[AppliedLora, ...]:
+        """The profile's own and the request's, whose weights go first."""
+        weights = {lora.name: lora.weight for lora in self.defaults.loras}
+        for choice in request.loras or ():
+            if choice.name in self.loras:
+                weights[choice.name] = _or(choice.weight, self.loras[choice.name].weight)
+            else:
+                errors.append(self._refusal("loras", f"{self.name} has no {choice.name!r}"))
+        return tuple(AppliedLora(name=name, weight=weight) for name, weight in sorted(weights.items()) if weight)
 
     def _size(self, request: GenerateRequest, errors: list[FieldError]) -> Resolution | None:
         if request.width is not None and request.height is not None:

@@ -1,9 +1,13 @@
-"""The profiles that ship: Wan 2.1's two text-to-video models with their official values, and the tiny one.
+"""The profiles that ship: Wan 2.1's two text-to-video models with their official values, the larger one in few steps,
+and the tiny one.
 
 Sources: the Wan 2.1 release (`SUPPORTED_SIZES`, `sample_neg_prompt`, 50 steps, guidance 5 and shift 5; for the
 1.3B model its README recommends guidance 6 and shift 8 to 12), and diffusers' `WanPipeline` (512 text tokens).
+Of the few steps: lightx2v's model card `Wan2.1-T2V-14B-StepDistill-CfgDistill` (4 steps, shift 5, no guidance) and
+LightX2V's `WanStepDistillScheduler` (Euler steps at 1000, 750, 500 and 250 of 1000, shifted).
 """
 
+from schemas.loras import AppliedLora, Lora
 from schemas.model_profile import Defaults, ModelProfile, Resolution
 from schemas.presets import EXACT, Levers, Preset, PresetName
 
@@ -39,6 +43,13 @@ _LARGE_PRESETS: dict[PresetName, Preset] = {
     ),
 }
 """Counted and not seen: what they do to these models' clips was not measured, as no weights of theirs were at hand."""
+
+_FEW_STEP_PRESETS: dict[PresetName, Preset] = {
+    "exact": EXACT,
+    "balanced": Preset(levers=Levers(one_key_padding=True)),
+    "fast": Preset(num_inference_steps=3, levers=Levers(one_key_padding=True, bfloat16_decode=True)),
+}
+"""There is no guidance to leave out, and four steps differ too much for a first-block cache. Not seen either."""
 
 _TINY_PRESETS: dict[PresetName, Preset] = {
     "exact": EXACT,
@@ -99,6 +110,38 @@ WAN_14B = WAN_1_3B.model_copy(
     }
 )
 
+_DISTILLED = "lightx2v-4-steps"
+
+WAN_14B_FEW_STEP = WAN_14B.model_copy(
+    update={
+        "name": "wan2.1-t2v-14b-few-step",
+        "min_num_inference_steps": 3,
+        "max_num_inference_steps": 8,
+        "max_guidance_scale": 1.0,
+        "scheduler": "euler",
+        "defaults": WAN_14B.defaults.model_copy(
+            update={
+                "resolution": "480p",
+                "num_inference_steps": 4,
+                "guidance_scale": 1.0,
+                "negative_prompt": "",  # without guidance nothing would read it
+                "loras": (AppliedLora(name=_DISTILLED, weight=1.0),),
+            }
+        ),
+        "loras": {
+            _DISTILLED: Lora(
+                description="Distilled to 4 steps without guidance; every clip has it.",
+                hub_id="lightx2v/Wan2.1-T2V-14B-StepDistill-CfgDistill-Lightx2v",
+                weight_name="loras/Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank64.safetensors",
+                size_bytes=631_344_264,
+            )
+        },
+        "presets": _FEW_STEP_PRESETS,
+    }
+)
+"""The 14B model with a LoRA that makes a step do for twelve, and guidance needless: 4 forwards in place of 100. Not
+verified against the real weights, for want of them: neither that the file loads nor how its clips look."""
+
 WAN_TINY = WAN_1_3B.model_copy(
     update={
         "name": "wan-tiny",
@@ -121,4 +164,4 @@ WAN_TINY = WAN_1_3B.model_copy(
     }
 )
 
-PROFILES = {profile.name: profile for profile in (WAN_TINY, WAN_1_3B, WAN_14B)}
+PROFILES = {profile.name: profile for profile in (WAN_TINY, WAN_1_3B, WAN_14B, WAN_14B_FEW_STEP)}

@@ -13,9 +13,10 @@ from pydantic.json_schema import SkipJsonSchema
 
 from schemas.errors import FieldError, InvalidRequest, Problem
 from schemas.jobs import Job, JobState, Progress
+from schemas.loras import AppliedLora
 from schemas.model_profile import ModelProfile
 from schemas.presets import PresetName
-from schemas.requests import MAX_SEED, Float, GenerateRequest, Int, Prompt, Text
+from schemas.requests import MAX_SEED, Float, GenerateRequest, Int, Loras, Prompt, Text
 
 VideoStatus = Literal["queued", "in_progress", "completed", "failed"]
 """All there are: the SDK's `poll()` returns at any other."""
@@ -75,6 +76,7 @@ class VideoCreate(BaseModel):
     height: Int | None = Field(default=None, ge=1, description="Pixels, with `width`.")
 
     preset: PresetName | None = Field(default=None, description="As `POST /generate` takes it.")
+    loras: Loras | None = Field(default=None, description="As `POST /generate` takes them; in a form, as JSON text.")
 
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> "VideoCreate":
@@ -114,6 +116,7 @@ class VideoCreate(BaseModel):
             guidance_scale=self.guidance_scale,
             flow_shift=self.flow_shift,
             preset=self.preset,
+            loras=self.loras,
         )
 
 
@@ -175,6 +178,7 @@ class Video(BaseModel):
     guidance_scale: float
     flow_shift: float
     preset: PresetName
+    loras: tuple[AppliedLora, ...]
     inference_time_s: float | None = Field(description="Text encoding, denoising and decoding, once it is completed.")
 
     @classmethod
@@ -204,7 +208,7 @@ class Video(BaseModel):
 
 _ECHOED: Final = {
     *("prompt", "negative_prompt", "num_frames", "fps", "seed"),
-    *("num_inference_steps", "guidance_scale", "flow_shift", "preset"),
+    *("num_inference_steps", "guidance_scale", "flow_shift", "preset", "loras"),
 }
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
+from schemas.loras import MAX_LORA_WEIGHT, MAX_LORAS, AppliedLora
 from schemas.presets import NO_LEVERS, Levers, PresetName
 from schemas.webhook_url import MAX_WEBHOOK_URL_CHARS, WebhookUrl
 
@@ -49,6 +50,31 @@ Int = Annotated[int, Field(strict=True, le=MAX_SEED)]
 Float = Annotated[float, BeforeValidator(_whole_or_float), Field(strict=True, allow_inf_nan=False)]
 
 
+class LoraChoice(BaseModel):
+    """An adapter that a request asks for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
+
+    name: Annotated[str, Field(strict=True, min_length=1, max_length=64), _SOME_TEXT] = Field(
+        description="One of the profile's; `GET /models` lists them."
+    )
+    weight: Float | None = Field(
+        default=None,
+        ge=-MAX_LORA_WEIGHT,
+        le=MAX_LORA_WEIGHT,
+        description="Times the adapter's own strength; the profile's when absent, 0 leaves out one of its defaults.",
+    )
+
+
+def _each_once(loras: "tuple[LoraChoice, ...]") -> "tuple[LoraChoice, ...]":
+    if len({lora.name for lora in loras}) < len(loras):
+        raise ValueError("names an adapter twice")
+    return loras
+
+
+Loras = Annotated[tuple[LoraChoice, ...], Field(max_length=MAX_LORAS), AfterValidator(_each_once)]
+
+
 class GenerateRequest(BaseModel):
     """One clip. Everything but `prompt` has a default in the model's profile, which also says what is legal."""
 
@@ -89,6 +115,9 @@ class GenerateRequest(BaseModel):
         default=None,
         description="`balanced` and `fast` take fewer forwards and render another clip; `GET /models` says how. "
         "`exact` equals diffusers' own pipeline, as does a request without a preset, and implies `reproducible`.",
+    )
+    loras: Loras | None = Field(
+        default=None, description="LoRA adapters of the profile's list, beside those that it always takes."
     )
     url_ttl_s: Int | None = Field(
         default=None, ge=MIN_URL_TTL_S, le=MAX_URL_TTL_S, description="Seconds that `output_url` works."
@@ -141,6 +170,7 @@ class GenerationParameters(BaseModel):
     reproducible: bool
     preset: PresetName = "exact"
     levers: Levers = Field(default=NO_LEVERS, description="What the preset meant when the request was taken.")
+    loras: tuple[AppliedLora, ...] = Field(default=(), description="In the order of their names; none of weight 0.")
 
     @property
     def duration(self) -> float:

@@ -14,7 +14,7 @@ from math import prod
 from typing import Final, NamedTuple
 
 from schemas.model_profile import TEMPORAL_STRIDE
-from schemas.official_profiles import WAN_1_3B, WAN_14B, WAN_TINY
+from schemas.official_profiles import WAN_1_3B, WAN_14B, WAN_14B_FEW_STEP, WAN_TINY
 
 SPATIAL_STRIDE: Final = 8
 PATCH: Final = (1, 2, 2)
@@ -253,6 +253,7 @@ class Architecture:
 ARCHITECTURES: Final = {
     WAN_1_3B.name: Architecture(Transformer(num_attention_heads=12, ffn_dim=8_960, num_layers=30)),
     WAN_14B.name: Architecture(Transformer(num_attention_heads=40, ffn_dim=13_824, num_layers=40)),
+    WAN_14B_FEW_STEP.name: Architecture(Transformer(num_attention_heads=40, ffn_dim=13_824, num_layers=40)),
     WAN_TINY.name: Architecture(
         Transformer(num_attention_heads=6, ffn_dim=768, num_layers=4, attention_head_dim=32, text_dim=128, freq_dim=64),
         Vae(base_dim=12, decoder_base_dim=16, num_res_blocks=1),

@@ -54,6 +54,10 @@ def generate(
     guidance_scale: Annotated[float | None, typer.Option(help="1 turns guidance off.")] = None,
     flow_shift: Annotated[float | None, typer.Option()] = None,
     preset: Annotated[str | None, typer.Option(help="exact, balanced or fast.")] = None,
+    loras: Annotated[
+        list[str] | None,
+        typer.Option("--lora", help="An adapter that `models` lists; again for more.", metavar="NAME[=WEIGHT]"),
+    ] = None,
     reproducible: Annotated[bool, typer.Option("--reproducible", help="The same bytes for the same request.")] = False,
     priority: Annotated[str | None, typer.Option(help="low, normal or high.")] = None,
     deadline_s: Annotated[float | None, typer.Option("--deadline", help="Seconds to be done in, or to fail.")] = None,
@@ -79,6 +83,7 @@ def generate(
         "guidance_scale": guidance_scale,
         "flow_shift": flow_shift,
         "preset": preset,
+        "loras": [_lora(named) for named in loras] if loras else None,
         "reproducible": reproducible or None,
         "priority": priority,
         "deadline_s": deadline_s,
@@ -111,6 +116,15 @@ def _request(given: dict[str, Any], as_json: bool) -> GenerateRequest:
             for mistake in error.errors()
         )
         fail("; ".join(mistakes), WRONG_USAGE, as_json)
+
+
+def _lora(named: str) -> dict[str, Any]:
+    """`name=0.5`. What is no number is left for the schema to refuse."""
+    name, given, weight = named.partition("=")
+    try:
+        return {"name": name, "weight": float(weight)} if given else {"name": name}
+    except ValueError:
+        return {"name": name, "weight": weight}
 
 
 def _check_output(output: str | None, force: bool, as_json: bool) -> None:

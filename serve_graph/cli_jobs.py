@@ -105,6 +105,7 @@ def models(url: Url = UrlDefault, as_json: AsJson = False) -> None:
             ("guidance_scale", f"{defaults.guidance_scale:g}"),
             ("flow_shift", f"{defaults.flow_shift:g}"),
             ("preset", "exact"),
+            ("loras", ", ".join(f"{lora.name}={lora.weight:g}" for lora in defaults.loras)),
         ):
             add_row(rows, field, profile.legal(field) or "", default)
         stdout().print(rows)

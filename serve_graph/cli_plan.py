@@ -17,6 +17,7 @@ from serve_graph.plan import (
     ModelPlan,
     Placement,
     Row,
+    lora_bytes,
     needs_bfloat16_vae,
     rows,
 )
@@ -63,6 +64,7 @@ def plan(
         on_gpu,
         vae_moves=vae == "moved",
         has_bfloat16_vae=needs_bfloat16_vae(PROFILES[profile], vae_dtype),
+        lora_bytes=lora_bytes(PROFILES[profile]),
     )
     card, planned = GPUS[gpu.value], ModelPlan(PROFILES[profile], ARCHITECTURES[profile], placement)
     found = rows(planned, card, steps=steps, guidance_scale=guidance_scale, price_per_hour=price_per_hour)

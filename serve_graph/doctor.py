@@ -62,7 +62,7 @@ def _secret(config: ServeConfig) -> Iterator[Check]:
 
 
 def _model(config: ServeConfig) -> Iterator[Check]:
-    from serve_graph.engine.checkpoint_folder import check_layout
+    from serve_graph.engine.checkpoint_folder import check_layout, find_lora
 
     settings, profile = config.settings, config.settings.profile
     if settings.model.path is not None:
@@ -78,6 +78,11 @@ def _model(config: ServeConfig) -> Iterator[Check]:
         yield Check("model", Mark.WARN, f"{profile.hub_id}, the hub's newest", advice)
     else:
         yield Check("model", Mark.OK, f"{profile.hub_id} at {settings.model.revision}")
+    for name, path in settings.model.lora_paths.items():
+        try:
+            yield Check("LoRA", Mark.OK, f"{name} in {find_lora(name, profile.loras[name], path)}")
+        except ModelNotReady as error:
+            yield Check("LoRA", Mark.FAIL, error.detail, f"name its safetensors file in model.loras.{name}.path")
 
 
 def _gpu(config: ServeConfig) -> Iterator[Check]:

@@ -39,7 +39,7 @@ class Generator:
             import torch
 
             from serve_graph.engine.checkpoint import load_generator_parts
-            from serve_graph.engine.checkpoint_folder import locate_checkpoint
+            from serve_graph.engine.checkpoint_folder import locate_checkpoint, locate_loras
             from serve_graph.engine.devices import pick_device, resolve_dtype
             from serve_graph.engine.tuning import tune
 
@@ -59,7 +59,14 @@ class Generator:
         found = locate_checkpoint(profile, model.path, model.revision)
         vae_dtype = resolve_dtype(model.vae_dtype, runs_on)
         self._parts = load_generator_parts(
-            found.folder, device, dtype, vae_dtype, runs_on, presets=profile.presets.values()
+            found.folder,
+            device,
+            dtype,
+            vae_dtype,
+            runs_on,
+            presets=profile.presets.values(),
+            loras=locate_loras(profile.loras, model.lora_paths, found.folder),
+            scheduler=profile.scheduler,
         )
         tune(
             self._parts,
@@ -75,7 +82,7 @@ class Generator:
         self._model = ModelHealth(
             profile=profile.name, revision=found.revision, loaded=True, dtype=dtype, device=str(device)
         )
-        log_event("model_loaded", profile=profile.name, dtype=dtype, device=str(device))
+        log_event("model_loaded", profile=profile.name, dtype=dtype, device=str(device), loras=list(self._parts.loras))
         self._engine: Engine | None = None
         if not settings.queue.by_call:
             self._begin()

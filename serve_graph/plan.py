@@ -73,7 +73,7 @@ class Placement:
 
     text_on_gpu: the text encoder lies there, in a process of its own; else in the host's memory. vae_moves: the VAE is
     there only while it decodes; the engine keeps it there, so this is for comparison. has_bfloat16_vae: a
-    second copy of the VAE lies there, for presets.
+    second copy of the VAE lies there, for presets. lora_bytes: of LoRA adapters beside the transformer.
     """
 
     dtype: str = "bfloat16"
@@ -82,6 +82,7 @@ class Placement:
     text_on_gpu: bool = False
     vae_moves: bool = False
     has_bfloat16_vae: bool = False
+    lora_bytes: int = 0
 
 
 class Clip(NamedTuple):
@@ -235,6 +236,7 @@ def _footprint(parts: Architecture, placed: Placement, rows: int, width: int, he
     resident = transformer + (0 if placed.vae_moves else vae) + (text if placed.text_on_gpu else 0)
     if placed.has_bfloat16_vae:
         resident += parts.vae.weight_bytes("bfloat16")
+    resident += placed.lora_bytes
     denoise = parts.transformer.activation_bytes(tokens, rows, placed.dtype)
     decode = parts.vae.activation_bytes(width, height, placed.vae_dtype)
     beside = max((1 + SLACK) * denoise, (1 + SLACK) * decode + (vae if placed.vae_moves else 0))
@@ -253,6 +255,11 @@ def _footprint(parts: Architecture, placed: Placement, rows: int, width: int, he
 def needs_bfloat16_vae(profile: ModelProfile, vae_dtype: str) -> bool:
     """Whether the service holds a second copy of the VAE, for presets that decode with it."""
     return vae_dtype != "bfloat16" and any(preset.levers.bfloat16_decode for preset in profile.presets.values())
+
+
+def lora_bytes(profile: ModelProfile) -> int:
+    """Of the adapters whose size the profile knows, as their files have it."""
+    return sum(lora.size_bytes or 0 for lora in profile.loras.values())
 
 
 def plan_of(profile: ModelProfile, placement: Placement) -> ModelPlan | None:

@@ -10,7 +10,7 @@ from schemas.estimates import DeviceEstimate, EstimatedWork
 from schemas.health import GpuHealth
 from schemas.model_profile import unique
 from schemas.requests import GenerationParameters
-from serve_graph.plan import EFFICIENCY, Clip, ModelPlan, Placement, card_named, needs_bfloat16_vae, plan_of
+from serve_graph.plan import EFFICIENCY, Clip, ModelPlan, Placement, card_named, lora_bytes, needs_bfloat16_vae, plan_of
 from serve_graph.settings import ModelSettings, Settings
 
 _GIB = 2**30
@@ -29,6 +29,7 @@ def placement_of(model: ModelSettings) -> Placement:
         text_dtype=_resolved(model.text_dtype, on_gpu=text_on_gpu),
         text_on_gpu=text_on_gpu,
         has_bfloat16_vae=needs_bfloat16_vae(model.profile, vae_dtype),
+        lora_bytes=lora_bytes(model.served),
     )
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from schemas.loras import Lora, LoraName
 from schemas.model_profile import ModelProfile
 from schemas.official_profiles import PROFILES, WAN_TINY
 from schemas.requests import MAX_URL_TTL_S, MIN_URL_TTL_S
@@ -70,6 +71,21 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def parse_loras(value: Any) -> Any:
+    """As they are, or in JSON, for pydantic to check. Raises ValueError."""
+    return json.loads(value) if isinstance(value, str) else value
+
+
+class LoraSettings(Lora):
+    """An adapter of this service's: one more, or where the profile's lies here."""
+
+    path: Path | None = Field(default=None, description="A safetensors file, or a folder with it; else the hub's.")
+
+    def absolute(self) -> "LoraSettings":
+        """With an absolute path."""
+        return self if self.path is None else self.model_copy(update={"path": self.path.absolute()})
+
+
 class ModelSettings(_Section):
     """Which checkpoint, and where its parts run."""
 
@@ -79,6 +95,11 @@ class ModelSettings(_Section):
     )
     path: Path | None = Field(default=None, description="A checkpoint in diffusers' layout; else the profile's own.")
     revision: str | None = Field(default=None, description="The hub's revision, where the profile has a hub id.")
+    loras: Annotated[dict[LoraName, LoraSettings], NoDecode, BeforeValidator(parse_loras)] = Field(
+        default={},
+        description="LoRA adapters that requests may name, beside the profile's: by name `path`, or `hub_id`, "
+        "`weight_name` and `revision`, and `description` and default `weight` (JSON in a variable).",
+    )
     device: str = Field(
         default="auto",
         pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
@@ -93,6 +114,22 @@ class ModelSettings(_Section):
         default="cpu", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="For the text encoder: `cpu` or `cuda`."
     )
     text_dtype: Dtype = Field(default="auto", description="Of the text encoder.")
+
+    @property
+    def served(self) -> ModelProfile:
+        """The profile with the adapters that are configured here, which change one of its own where they differ."""
+        added = {
+            name: self.profile.loras.get(name, Lora()).model_copy(
+                update=lora.model_dump(exclude={"path"}, exclude_defaults=True)
+            )
+            for name, lora in self.loras.items()
+        }
+        return self.profile.model_copy(update={"loras": self.profile.loras | added})
+
+    @property
+    def lora_paths(self) -> dict[str, Path]:
+        """By name, of those that lie on this machine."""
+        return {name: lora.path for name, lora in self.loras.items() if lora.path is not None}
 
 
 class StorageSettings(_Section):
@@ -315,9 +352,18 @@ class Settings(BaseSettings):
             raise ValueError("cluster is true, so storage.kind must be s3: a local folder is one machine's")
         return self
 
+    @model_validator(mode="after")
+    def _compiled_blocks_take_no_loras(self) -> "Settings":
+        if self.engine.compile != "off" and self.profile.loras:
+            raise ValueError(
+                f"engine.compile is {self.engine.compile}, and compiled blocks take no LoRA adapters: "
+                f"set engine.compile: off, or serve none (there are {', '.join(self.profile.loras)})"
+            )
+        return self
+
     @property
     def profile(self) -> ModelProfile:
-        return self.model.profile
+        return self.model.served
 
     def require_public_url(self) -> str:
         """Raises ConfigError where nothing said what clients call this service."""
@@ -407,6 +453,8 @@ def read_settings(args: Mapping[str, Any], public_url: str | None = None) -> Set
     model = settings.model
     if model.path is not None:
         model = model.model_copy(update={"path": model.path.absolute()})
+    if model.loras:
+        model = model.model_copy(update={"loras": {name: lora.absolute() for name, lora in model.loras.items()}})
     update = {"data_dir": settings.data_dir.absolute(), "storage": storage, "model": model}
     if settings.public_url is None:
         update["public_url"] = public_url

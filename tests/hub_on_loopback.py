@@ -1,4 +1,4 @@
-"""A hub on loopback that has one checkpoint, with the few routes that the hub's client uses."""
+"""A hub on loopback that has one checkpoint and one LoRA adapter, with the few routes that the hub's client uses."""
 
 import hashlib
 import json
@@ -11,6 +11,9 @@ from schemas.official_profiles import PROFILES
 
 PROFILE = PROFILES["wan2.1-t2v-1.3b"]
 COMMIT = "c" * 40
+LORA_HUB_ID, LORA, STRANGER = "them/adapters", "styles/ink.safetensors", "styles/oil.safetensors"
+"""An adapter's repository, its file there, and another's."""
+
 SMALL, LARGE = "model_index.json", "transformer/diffusion_pytorch_model.safetensors"
 
 
@@ -20,6 +23,7 @@ class Hub:
     def __init__(self) -> None:
         self.files = {SMALL: b'{"_class_name": "WanPipeline"}', LARGE: bytes(range(256)) * 4096}
         self.told = dict(self.files)
+        self.loras = {LORA: bytes(range(256)) * 16, STRANGER: b"another's"}
         self.asked: list[str] = []
         self.cut: dict[str, int] = {}
         hub = self
@@ -48,16 +52,19 @@ class Hub:
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         path = urlparse(handler.path).path
         self.asked.append(f"{handler.command} {path} {handler.headers.get('Range', '')}".strip())
-        if path.startswith(f"/api/models/{PROFILE.hub_id}"):
-            told = self.tree() if "/tree/" in path else self.info()
-            self.send(handler, json.dumps(told).encode(), {"Content-Type": "application/json"})
+        hub_id, files, told = str(PROFILE.hub_id), self.files, self.told
+        if LORA_HUB_ID in path:
+            hub_id, files, told = LORA_HUB_ID, self.loras, self.loras
+        if path.startswith(f"/api/models/{hub_id}"):
+            about = _tree(told) if "/tree/" in path else _info(hub_id, told)
+            self.send(handler, json.dumps(about).encode(), {"Content-Type": "application/json"})
             return
-        name = path.removeprefix(f"/{PROFILE.hub_id}/resolve/{COMMIT}/")
-        if name not in self.files:
+        name = path.removeprefix(f"/{hub_id}/resolve/{COMMIT}/")
+        if name not in files:
             self.send(handler, b"", {"X-Error-Code": "EntryNotFound"}, status=404)
             return
-        body = self.files[name]
-        headers = {"ETag": f'"{hashlib.sha256(self.told[name]).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        body = files[name]
+        headers = {"ETag": f'"{hashlib.sha256(told[name]).hexdigest()}"', "X-Repo-Commit": COMMIT}
         start = int((handler.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
         self.send(handler, body[start:], headers, status=206 if start else 200, cut=self.cut.pop(name, None))
 
@@ -77,21 +84,17 @@ class Hub:
             handler.wfile.write(body[:cut])
             handler.close_connection = cut is not None
 
-    def tree(self) -> list[dict[str, Any]]:
-        return [{"type": "file", "path": name, "size": len(body), "oid": "b" * 40} for name, body in self.told.items()]
 
-    def info(self) -> dict[str, Any]:
-        siblings = [
-            {"rfilename": SMALL, "size": len(self.told[SMALL]), "blobId": "b" * 40},
-            {
-                "rfilename": LARGE,
-                "size": len(self.told[LARGE]),
-                "blobId": "b" * 40,
-                "lfs": {
-                    "sha256": hashlib.sha256(self.told[LARGE]).hexdigest(),
-                    "size": len(self.told[LARGE]),
-                    "pointerSize": 135,
-                },
-            },
-        ]
-        return {"id": PROFILE.hub_id, "sha": COMMIT, "siblings": siblings, "private": False, "tags": [], "downloads": 0}
+def _tree(told: dict[str, bytes]) -> list[dict[str, Any]]:
+    return [{"type": "file", "path": name, "size": len(body), "oid": "b" * 40} for name, body in told.items()]
+
+
+def _info(hub_id: str, told: dict[str, bytes]) -> dict[str, Any]:
+    """Of a repository; what is safetensors is kept in large-file storage."""
+    siblings: list[dict[str, Any]] = []
+    for name, body in told.items():
+        siblings.append({"rfilename": name, "size": len(body), "blobId": "b" * 40})
+        if name.endswith(".safetensors"):
+            sha256 = hashlib.sha256(body).hexdigest()
+            siblings[-1]["lfs"] = {"sha256": sha256, "size": len(body), "pointerSize": 135}
+    return {"id": hub_id, "sha": COMMIT, "siblings": siblings, "private": False, "tags": [], "downloads": 0}

@@ -1,5 +1,6 @@
 """`/v1/videos`: OpenAI's Videos API over the job service. A video's id is its job's."""
 
+import json
 import re
 from collections.abc import Mapping
 from datetime import timedelta
@@ -206,7 +207,7 @@ async def _form(request: Request) -> Mapping[str, Any]:
                     raise InvalidRequest([FieldError(field=name[:64], message="is given twice")])
                 if isinstance(value, UploadFile) and name != "input_reference":
                     raise InvalidRequest([FieldError(field=name[:64], message="must be text, not a file")])
-                fields[name] = _number(value) if name in VIDEO_NUMBERS and isinstance(value, str) else value
+                fields[name] = _field(name, value) if isinstance(value, str) else value
         body.decode()  # Starlette would read other bytes as Latin-1
     except HTTPException:
         raise _bad_body("is not valid multipart/form-data") from None
@@ -214,6 +215,16 @@ async def _form(request: Request) -> Mapping[str, Any]:
         if "input_reference" not in fields:
             raise _bad_body("is not valid UTF-8") from None
     return fields
+
+
+def _field(name: str, text: str) -> Any:
+    """A form's text as what JSON would have there; where it is no such thing, as it is, to be refused."""
+    if name == "loras":
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            return text
+    return _number(text) if name in VIDEO_NUMBERS else text
 
 
 def _number(text: str) -> int | float | str:

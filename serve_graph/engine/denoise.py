@@ -2,7 +2,8 @@
 
 Source of the arithmetic and its order: diffusers pipeline_wan.py. Each job owns its scheduler, its seed's noise
 and its guidance; only the forwards are shared. Jobs with levers that change the forward itself take `short_forward`'s
-in place of the transformer's own; what such a forward remembers is the job's as well.
+in place of the transformer's own; what such a forward remembers is the job's as well. LoRA adapters are there for
+the forwards of jobs that have them, and for no other.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from schemas.presets import Effort
 from schemas.requests import GenerationParameters
 from serve_graph.engine.checkpoint import GeneratorParts
 from serve_graph.engine.devices import DTYPES
+from serve_graph.engine.lora import applied
 from serve_graph.engine.short_forward import Predicted, Row, predict
 from serve_graph.engine.text_keys import text_keys
 
@@ -45,11 +47,13 @@ class Denoising:
         self.negative = (
             None if prompt.negative is None else pad_embedding(prompt.negative, text_length).to(parts.device, dtype)
         )
+        self.loras = parts.parts_of(parameters.loras)
         self.rows: dict[Text, Row] = {}
         if self.takes_short_forwards:
-            self.rows["cond"] = self._row(parts.transformer, self.positive, prompt.positive)
-            if self.negative is not None and prompt.negative is not None:
-                self.rows["uncond"] = self._row(parts.transformer, self.negative, prompt.negative)
+            with applied(self.loras):
+                self.rows["cond"] = self._row(parts.transformer, self.positive, prompt.positive)
+                if self.negative is not None and prompt.negative is not None:
+                    self.rows["uncond"] = self._row(parts.transformer, self.negative, prompt.negative)
         self.scheduler: Any = own_scheduler(parts.scheduler, parameters.flow_shift)
         self.scheduler.set_timesteps(parameters.num_inference_steps, device=parts.device)
         self.scheduler.set_begin_index(0)
@@ -137,7 +141,8 @@ def pad_embedding(embedding: TextEmbedding, text_length: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def denoise_step(transformer: WanTransformer3DModel, batch: Sequence[Denoising]) -> int:
-    """Take one step of every job in `batch`; all have latents of one shape and levers of one `of_a_forward`.
+    """Take one step of every job in `batch`; all have latents of one shape, levers of one `of_a_forward`
+    and the same adapters.
 
     Returns the number of forwards, where any job has guidance 2, though they may be one call.
 
@@ -149,17 +154,18 @@ def denoise_step(transformer: WanTransformer3DModel, batch: Sequence[Denoising])
     guided = [i for i, job in enumerate(batch) if job.is_guided]
     unconditional: dict[int, torch.Tensor] = {}
     predicted: dict[tuple[int, Text], Predicted] = {}
-    if batch[0].takes_short_forwards:
-        predicted = _short_forwards(transformer, model_input, timesteps, batch, guided)
-        noise = _stack([predicted[i, "cond"].noise for i in range(len(batch))])
-        unconditional = {i: predicted[i, "uncond"].noise for i in guided}
-    else:
-        noise = _forward(transformer, model_input, timesteps, [job.positive for job in batch])
-        if guided:
-            index = _index(guided, model_input)
-            negatives = [batch[i].negative for i in guided]
-            both = _forward(transformer, model_input[index], timesteps[index], [n for n in negatives if n is not None])
-            unconditional = {i: both[n : n + 1] for n, i in enumerate(guided)}
+    with applied(batch[0].loras):
+        if batch[0].takes_short_forwards:
+            predicted = _short_forwards(transformer, model_input, timesteps, batch, guided)
+            noise = _stack([predicted[i, "cond"].noise for i in range(len(batch))])
+            unconditional = {i: predicted[i, "uncond"].noise for i in guided}
+        else:
+            noise = _forward(transformer, model_input, timesteps, [job.positive for job in batch])
+            if guided:
+                index = _index(guided, model_input)
+                negatives = [job.negative for job in batch if job.is_guided and job.negative is not None]
+                without = _forward(transformer, model_input[index], timesteps[index], negatives)
+                unconditional = {i: without[n : n + 1] for n, i in enumerate(guided)}
     for i, job in enumerate(batch):
         prediction = noise[i : i + 1]
         if i in unconditional:

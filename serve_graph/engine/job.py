@@ -13,6 +13,7 @@ import torch
 from schemas.errors import WanError
 from schemas.handoff import PreparedPrompt, Standing, Started
 from schemas.jobs import Progress
+from schemas.loras import AppliedLora
 from schemas.presets import Effort, Levers
 from schemas.requests import GenerationParameters
 from serve_graph.engine.checkpoint import GeneratorParts
@@ -95,9 +96,9 @@ class EngineJob:
         self._effort: Effort | None = None
 
     @property
-    def company(self) -> tuple[tuple[int, int, int], Levers]:
-        """What must agree for two jobs to share a forward: shape, and the levers that change one."""
-        return self.work.shape, self.parameters.levers.of_a_forward
+    def company(self) -> tuple[tuple[int, int, int], Levers, tuple[AppliedLora, ...]]:
+        """What must agree for two jobs to share a forward: shape, the levers that change one, adapters and weights."""
+        return self.work.shape, self.parameters.levers.of_a_forward, self.parameters.loras
 
     @property
     def travels_alone(self) -> bool:

@@ -66,6 +66,7 @@ class ModalOptions(BaseSettings):
     weights_dir: str = Field(default="/weights", description="Where the Volume `wan-weights` is mounted.")
     outputs_dir: str = Field(default="/outputs", description="Where the Volume `wan-outputs` is mounted.")
     model_profile: str | None = Field(default=None, alias="WAN_MODEL__PROFILE")
+    model_loras: str | None = Field(default=None, alias="WAN_MODEL__LORAS")
     with_webhooks: bool = Field(default=False, description="`1`: the Secret `wan-webhooks` is there, too.")
     auth: Literal["keys", "none"] = Field(default="keys", description="`none`: no API keys; anyone may use it.")
 
@@ -147,10 +148,12 @@ def cache_environment(options: ModalOptions) -> dict[str, str | None]:
 
 
 def profile_of(options: ModalOptions) -> ModelProfile:
-    """The model that is served. Raises ConfigError."""
-    given = options.model_profile or _file_args()["model"]["profile"]
+    """The model that is served, with its LoRA adapters. Raises ConfigError."""
+    model = _file_args()["model"]
+    given = {"profile": options.model_profile or model["profile"]}
+    given["loras"] = options.model_loras or model.get("loras", {})
     try:
-        return ModelSettings.model_validate({"profile": given}).profile
+        return ModelSettings.model_validate(given).served
     except ValidationError as error:
         raise config_error(error) from error
 

@@ -46,6 +46,7 @@ def test_resolve_fills_in_the_profiles_defaults(profile: ModelProfile) -> None:
         "reproducible": False,
         "preset": "exact",
         "levers": NO_LEVERS.model_dump(),
+        "loras": tuple(lora.model_dump() for lora in defaults.loras),
     }
     assert [
         (r.name, r.aspect_ratio)
@@ -68,7 +69,7 @@ def test_resolve_keeps_what_was_asked_for() -> None:
         "reproducible": True,
     }
 
-    assert resolve(**asked).model_dump(exclude={"prompt", "preset", "levers"}) == asked
+    assert resolve(**asked).model_dump(exclude={"prompt", "preset", "levers", "loras"}) == asked
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@
 
 import pytest
 
+from schemas.errors import InvalidRequest
 from schemas.model_profile import TEMPORAL_STRIDE, ModelProfile
-from schemas.official_profiles import PROFILES, WAN_1_3B, WAN_14B, WAN_NEGATIVE_PROMPT, WAN_TINY
+from schemas.official_profiles import PROFILES, WAN_1_3B, WAN_14B, WAN_14B_FEW_STEP, WAN_NEGATIVE_PROMPT, WAN_TINY
 from schemas.requests import GenerateRequest
 
 
 def test_profiles_are_known_by_their_names() -> None:
-    assert list(PROFILES) == ["wan-tiny", "wan2.1-t2v-1.3b", "wan2.1-t2v-14b"]
+    assert list(PROFILES) == ["wan-tiny", "wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "wan2.1-t2v-14b-few-step"]
     assert all(name == profile.name for name, profile in PROFILES.items())
 
 
@@ -39,6 +40,25 @@ def test_official_profile_has_the_releases_values(
     assert parameters.num_inference_steps == 50
     assert (parameters.guidance_scale, parameters.flow_shift) == (guidance_scale, flow_shift)
     assert parameters.negative_prompt == WAN_NEGATIVE_PROMPT
+
+
+def test_the_few_step_profile_has_its_authors_values() -> None:
+    parameters = WAN_14B_FEW_STEP.resolve(GenerateRequest(prompt="a"))
+
+    assert WAN_14B_FEW_STEP.hub_id == WAN_14B.hub_id
+    assert (parameters.num_inference_steps, parameters.guided_steps, parameters.flow_shift) == (4, 0, 5.0)
+    assert [(lora.name, lora.weight) for lora in parameters.loras] == [("lightx2v-4-steps", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "legal"),
+    [("num_inference_steps", 2, "3 to 8"), ("num_inference_steps", 50, "3 to 8"), ("guidance_scale", 5.0, "1 to 1")],
+)
+def test_the_few_step_profile_refuses_what_its_adapter_was_not_made_for(field: str, value: float, legal: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        WAN_14B_FEW_STEP.resolve(GenerateRequest.model_validate({"prompt": "a", field: value}))
+
+    assert [(error.field, error.legal) for error in refused.value.errors] == [(field, legal)]
 
 
 def test_only_the_14b_model_does_720p() -> None:

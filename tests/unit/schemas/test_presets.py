@@ -50,7 +50,10 @@ def test_exact_has_no_lever_in_any_profile_and_the_others_have_some(profile: Mod
     work = [resolve(profile, preset=name) for name in profile.presets]
     forwards = [parameters.num_inference_steps + parameters.guided_steps for parameters in work]
     assert forwards == sorted(forwards, reverse=True)
-    assert len(set(forwards)) == 3
+    assert forwards[0] > forwards[-1]
+    assert len({(count, parameters.levers) for count, parameters in zip(forwards, work, strict=True)}) == 3
+    unguided = profile.max_guidance_scale == 1
+    assert not (unguided and any(p.levers.batched_guidance or p.levers.guidance_interval for p in work))
 
 
 def test_a_profile_can_not_give_levers_to_exact() -> None:
@@ -99,6 +102,11 @@ def test_a_distilled_checkpoint_is_a_profile_with_few_steps_and_no_guidance() ->
 def test_a_profile_whose_preset_takes_more_steps_than_are_legal_is_refused() -> None:
     with pytest.raises(ValidationError, match="preset fast takes more than max_num_inference_steps"):
         ModelProfile.model_validate(WAN_TINY.model_dump() | {"max_num_inference_steps": 5})
+
+
+def test_a_profile_whose_preset_takes_fewer_steps_than_are_legal_is_refused() -> None:
+    with pytest.raises(ValidationError, match="preset fast takes fewer than min_num_inference_steps"):
+        ModelProfile.model_validate(WAN_TINY.model_dump() | {"min_num_inference_steps": 7})
 
 
 def test_parameters_on_record_from_before_presets_were_exact() -> None:

@@ -77,6 +77,17 @@ def test_doctor_tells_a_model_that_is_not_there(tmp_path: Path, free_port: int) 
     assert found(checks, "model").mark is Mark.FAIL
 
 
+def test_doctor_looks_for_the_loras_that_lie_here(tmp_path: Path, free_port: int) -> None:
+    (tmp_path / "style.safetensors").touch()
+    loras = {"style": {"path": str(tmp_path)}, "gone": {"path": str(tmp_path / "gone.safetensors")}}
+    examined = examine(config_in(tmp_path, free_port, model={"loras": loras}))
+
+    gone, style = [check for check in examined if check.name == "LoRA"]  # YAML's order
+    assert (gone.mark, style.mark) == (Mark.FAIL, Mark.OK)
+    assert "no LoRA gone" in gone.found
+    assert "style.safetensors" in style.found
+
+
 def test_doctor_tells_a_gpu_that_is_missing(tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     wanted = {"profile": "wan2.1-t2v-1.3b", "device": "cuda"}

@@ -143,6 +143,7 @@ def test_log_request_writes_every_field_of_a_request(lines: Lines) -> None:
             "flow_shift": 3.0,
             "reproducible": False,
             "preset": "exact",
+            "loras": [],
         },
     }
 

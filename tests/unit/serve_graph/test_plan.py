@@ -6,7 +6,7 @@ import pytest
 
 from schemas.errors import InvalidRequest, ModelNotReady
 from schemas.health import GpuHealth
-from schemas.official_profiles import PROFILES, WAN_1_3B, WAN_14B
+from schemas.official_profiles import PROFILES, WAN_1_3B, WAN_14B, WAN_14B_FEW_STEP
 from schemas.requests import GenerateRequest
 from serve_graph.plan import (
     CONTEXT_BYTES,
@@ -21,7 +21,7 @@ from serve_graph.plan import (
     rows,
 )
 from serve_graph.service_plan import ServicePlan, check_start, placement_of, plan_for
-from serve_graph.settings import EngineSettings, ModelSettings, Settings, TextSettings
+from serve_graph.settings import EngineSettings, LoraSettings, ModelSettings, Settings, TextSettings
 
 L4, A100_40GB, A100_80GB, H100 = GPUS.values()
 TEXT_ON_GPU = Placement(text_on_gpu=True, text_dtype="bfloat16")
@@ -83,6 +83,29 @@ def test_a_text_encoder_on_the_gpu_is_resident_in_a_second_process() -> None:
 
     assert added == on_gpu.footprint(clip).text_encoder + CONTEXT_BYTES
     assert on_gpu.footprint(clip).host == 0
+
+
+def test_adapters_whose_size_is_known_are_resident() -> None:
+    size = sum(lora.size_bytes or 0 for lora in WAN_14B_FEW_STEP.loras.values())
+    few, many = (
+        plan_for(Settings(model=ModelSettings(profile=profile, loras={"ours": LoraSettings(size_bytes=10**6)})))
+        for profile in (WAN_14B_FEW_STEP, WAN_14B)
+    )
+    assert few is not None
+    assert many is not None
+
+    clip = few.smallest_clip()
+    assert size > 600 * 10**6
+    assert few.footprint(clip).resident == many.footprint(clip).resident + size
+    assert many.footprint(clip).resident == plan(WAN_14B.name, many.placement).footprint(clip).resident
+    assert many.placement.lora_bytes == 10**6
+
+
+def test_few_steps_are_a_twenty_fifth_of_the_forwards() -> None:
+    few, many = plan(WAN_14B_FEW_STEP.name), plan(WAN_14B.name)
+    few_clip, many_clip = (model.clip(WAN_14B.resolutions[0], 81) for model in (few, many))
+
+    assert many.flop(many_clip).denoise == 25 * few.flop(few_clip).denoise
 
 
 def test_a_vae_that_moves_counts_while_it_decodes_only() -> None:

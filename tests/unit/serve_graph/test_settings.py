@@ -1,5 +1,6 @@
 """Settings: the environment over the file, whatever is unknown refused by name, secrets nowhere."""
 
+import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from schemas.official_profiles import PROFILES, WAN_1_3B
+from schemas.loras import Lora
+from schemas.official_profiles import PROFILES, WAN_1_3B, WAN_14B_FEW_STEP
 from serve_graph.api_keys import new_key
 from serve_graph.settings import (
     CLIENT_NAMES,
@@ -316,3 +318,46 @@ def test_a_cluster_asks_for_keys_unless_it_says_that_it_does_not(monkeypatch: py
 
 def test_one_machine_needs_nothing_of_that() -> None:
     check_cluster(read_settings({}))
+
+
+LORAS = {"style": {"path": "style.safetensors", "description": "Ink on paper."}}
+
+
+def test_loras_of_the_file_or_the_environment_are_the_served_profile_s(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = read_settings({"model": {"loras": LORAS}})
+
+    assert settings.profile.loras == {"style": Lora(description="Ink on paper.")}
+    assert settings.model.lora_paths == {"style": tmp_path / "style.safetensors"}
+    assert "path" not in settings.profile.model_dump_json()  # `GET /models` shows the profile
+    assert Settings(**settings.model_dump(mode="json")) == settings
+    monkeypatch.setenv("WAN_MODEL__LORAS", json.dumps(LORAS))
+    assert read_settings({}).profile == settings.profile
+
+
+def test_loras_of_the_profile_stay_and_are_changed_where_the_settings_say_so() -> None:
+    name, own = next(iter(WAN_14B_FEW_STEP.loras.items()))
+    model = {"profile": WAN_14B_FEW_STEP.name, "loras": {**LORAS, name: {"path": "/here.safetensors"}}}
+    settings = read_settings({"model": model})
+
+    assert settings.profile.loras == {name: own, "style": Lora(description="Ink on paper.")}
+    assert settings.model.lora_paths[name] == Path("/here.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ({"model": {"loras": {"style": {"file": "x"}}}}, "unknown setting model.loras.style.file"),
+        ({"model": {"loras": {"Style": {}}}}, "model.loras.Style"),
+        ({"model": {"loras": {"style": {"weight": 3}}}}, "model.loras.style.weight: "),
+        ({"model": {"loras": "style"}}, "model.loras: "),
+        (
+            {"model": {"loras": LORAS}, "engine": {"compile": "regional"}},
+            "compiled blocks take no LoRA adapters: set engine.compile: off",
+        ),
+    ],
+)
+def test_loras_that_can_not_be_served_are_refused_in_one_line(args: dict[str, Any], says: str) -> None:
+    assert says in refusal(args)

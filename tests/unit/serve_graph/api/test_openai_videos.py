@@ -316,6 +316,8 @@ async def test_delete_of_a_running_video_is_a_conflict_that_is_not_sent_again(ap
         ({"extra_body": {"guidance_scale": "1e999"}}, "guidance_scale", "finite"),
         ({"extra_body": {"lora": {"path": "x"}}}, "lora[path]", "not a field"),
         ({"extra_body": {"loras": ["x", "y"]}}, "loras[]", "twice"),
+        ({"extra_body": {"loras": '[{"name": "x"}]'}}, "loras", "legal: none"),
+        ({"extra_body": {"loras": "x=1"}}, "loras", "tuple"),
         ({"extra_body": {"url_ttl_s": 5}}, "url_ttl_s", "not a field"),
         ({"input_reference": b"\x89PNG\r\n\x1a\n\xff\xfe"}, "input_reference", "from text only"),
     ],

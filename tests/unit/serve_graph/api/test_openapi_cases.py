@@ -14,7 +14,7 @@ from api_under_test import open_api, small_mp4
 from openapi_fuzz.run import fuzz
 from support import LogLines
 
-MAX_EXAMPLES = int(os.environ.get("WAN_FUZZ_EXAMPLES", "80"))
+MAX_EXAMPLES = int(os.environ.get("WAN_FUZZ_EXAMPLES", "100"))
 """For each operation; the fixed cases come on top."""
 
 MIN_CASES = 2_000

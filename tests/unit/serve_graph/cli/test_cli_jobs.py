@@ -61,10 +61,20 @@ def test_generate_refuses_to_replace_a_file_before_it_asks_for_anything(
         (["x", "--duration", "1", "--num-frames", "9"], "give duration or num_frames, not both"),
         (["x", "-o", "no/such/folder.mp4"], "folder is missing"),
         (["x", "-o", "-", "--json"], "both want stdout"),
+        (["x", "--lora", "style=much"], "loras: 0: weight: "),
+        (["x", "--lora", "style", "--lora", "style=2"], "names an adapter twice"),
     ],
 )
 def test_generate_tells_wrong_usage_in_one_line(wan_serve: Run, arguments: list[str], says: str) -> None:
     assert says in error_of(wan_serve("generate", *arguments), 2)
+
+
+def test_generate_asks_for_the_adapters_that_it_is_given(wan_serve: Run) -> None:
+    """The scripted service's profile has none, and its refusal tells what came."""
+    message = error_of(wan_serve("generate", "x", "--lora", "style=0.5", "--lora", "motion"), 2)
+
+    assert "has no 'style'" in message
+    assert "has no 'motion'" in message
 
 
 def test_generate_has_an_option_for_every_field_of_a_request() -> None:

@@ -9,9 +9,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from schemas.errors import ModelNotReady
+from schemas.loras import Lora
 from schemas.official_profiles import WAN_1_3B, WAN_TINY
 from serve_graph.engine.checkpoint import load_generator_parts, load_scheduler
-from serve_graph.engine.checkpoint_folder import SHIPPED, FoundCheckpoint, locate_checkpoint
+from serve_graph.engine.checkpoint_folder import SHIPPED, FoundCheckpoint, locate_checkpoint, locate_loras
 from serve_graph.engine.devices import pick_device, resolve_dtype
 from serve_graph.engine.text_checkpoint import load_text_parts
 
@@ -39,6 +40,60 @@ def test_locate_checkpoint_names_what_is_missing(tiny_folder: Path, tmp_path: Pa
         locate_checkpoint(WAN_TINY, broken, None)
 
     assert str(tmp_path) not in refusal.value.detail
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """A folder with one adapter, one with two, and a checkpoint's folder with one of the hub's."""
+    names = ("one/a.safetensors", "two/a.safetensors", "two/b.safetensors", "checkpoint/loras/hub/sub/c.safetensors")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    return {name: tmp_path / name for name in names}
+
+
+HUB = Lora(hub_id="them/theirs", weight_name="sub/c.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("lora", "path", "found"),
+    [
+        (Lora(), "one/a.safetensors", "one/a.safetensors"),
+        (Lora(), "one", "one/a.safetensors"),
+        (Lora(weight_name="b.safetensors"), "two", "two/b.safetensors"),
+        (HUB, None, "checkpoint/loras/hub/sub/c.safetensors"),
+        (HUB, "one/a.safetensors", "one/a.safetensors"),
+    ],
+)
+def test_locate_loras_finds_the_file(
+    files: dict[str, Path], tmp_path: Path, lora: Lora, path: str | None, found: str
+) -> None:
+    paths = {} if path is None else {"hub": tmp_path / path}
+
+    assert locate_loras({"hub": lora}, paths, tmp_path / "checkpoint") == {"hub": files[found]}
+
+
+@pytest.mark.parametrize(
+    ("lora", "path", "says"),
+    [
+        (Lora(), "gone.safetensors", "there is no LoRA x: model.loras.x.path must name"),
+        (Lora(weight_name="z.safetensors"), "two", "there is no LoRA x"),
+        (Lora(), "two", "in a folder of 2 safetensors files: set model.loras.x.weight_name"),
+        (Lora(), None, "the LoRA x lies nowhere: set model.loras.x.path"),
+        (HUB, None, "them/theirs could not be fetched from the hub: download it elsewhere"),
+    ],
+)
+def test_locate_loras_says_in_one_line_what_is_missing(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: Lora, path: str | None, says: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    paths = {} if path is None else {"x": tmp_path / path}
+
+    with pytest.raises(ModelNotReady, match=says) as refused:
+        locate_loras({"x": lora}, paths, tmp_path / "two")
+
+    assert "\n" not in refused.value.detail
+    assert str(tmp_path) not in refused.value.detail
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,7 +1,10 @@
 """What a deployer's environment may say, and what is told of a mistake."""
 
+import json
+
 import pytest
 
+from schemas.loras import Lora
 from serve_graph.on_modal.options import (
     ModalOptions,
     check_settings,
@@ -90,9 +93,18 @@ def test_containers_get_settings_and_options_and_no_secret() -> None:
     assert container_environment(environment) == {"WAN_GPU": "L4", "WAN_QUEUE__LEASE_S": "9"}
 
 
+def test_loras_of_the_deployer_are_the_served_profile_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    ink = {"hub_id": "them/adapters", "weight_name": "ink.safetensors"}
+    monkeypatch.setenv("WAN_MODEL__LORAS", json.dumps({"ink": ink}))
+    monkeypatch.setenv("WAN_STORAGE__KIND", "s3")
+
+    assert profile_of(read_options()).loras == {"ink": Lora.model_validate(ink)}
+    assert check_settings(read_options()).profile.loras == profile_of(read_options()).loras
+
+
 def test_every_option_is_a_variable_that_the_service_lets_be() -> None:
     """The containers have both kinds in one environment."""
-    names = {f"{ENV_PREFIX}{name.upper()}" for name in ModalOptions.model_fields if name != "model_profile"}
+    names = {f"{ENV_PREFIX}{name.upper()}" for name in ModalOptions.model_fields if not name.startswith("model_")}
 
     assert names - {"WAN_AUTH"} == DEPLOY_NAMES
     assert "auth" in Settings.model_fields

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_on_loopback import COMMIT, LARGE, PROFILE, SMALL, Hub
+from hub_on_loopback import COMMIT, LARGE, LORA, LORA_HUB_ID, PROFILE, SMALL, STRANGER, Hub
 
 from schemas.errors import ModelNotReady
+from schemas.loras import Lora
 from schemas.official_profiles import WAN_TINY
+from serve_graph.engine.checkpoint_folder import locate_loras
 from serve_graph.on_modal.weights import INVENTORY, check_whole, fetch
 
 
@@ -55,6 +57,33 @@ def test_a_hub_that_is_away_is_told(tmp_path: Path, hub: Hub) -> None:
     hub.server.server_close()
     with pytest.raises(ModelNotReady, match="could not be fetched from the hub"):
         fetch(PROFILE, "main", tmp_path, "http://127.0.0.1:9")
+
+
+WITH_LORA = PROFILE.model_copy(
+    update={"loras": {"ink": Lora(hub_id=LORA_HUB_ID, weight_name=LORA), "local": Lora(description="no hub's")}}
+)
+
+
+def test_adapters_come_with_the_weights_to_where_the_generator_looks(tmp_path: Path, hub: Hub) -> None:
+    fetch(WITH_LORA, "main", tmp_path, hub.url)
+
+    found = locate_loras({"ink": WITH_LORA.loras["ink"]}, {}, tmp_path)["ink"]
+    assert found.read_bytes() == hub.loras[LORA]
+    assert found.is_relative_to(tmp_path)
+    assert not [line for line in hub.asked if STRANGER in line]
+    check_whole(tmp_path)
+    found.unlink()
+    with pytest.raises(ModelNotReady, match=r"ink\.safetensors in .* is not whole"):
+        check_whole(tmp_path)
+
+
+def test_an_adapter_that_the_hub_has_not_is_told(tmp_path: Path, hub: Hub) -> None:
+    loras = {"ink": Lora(hub_id=LORA_HUB_ID, weight_name="gone.safetensors")}
+
+    with pytest.raises(ModelNotReady, match=f"{LORA_HUB_ID} on the hub has no gone.safetensors"):
+        fetch(PROFILE.model_copy(update={"loras": loras}), "main", tmp_path, hub.url)
+    with pytest.raises(ModelNotReady, match="no whole weights"):
+        check_whole(tmp_path)
 
 
 def test_a_profile_that_is_made_here_has_nothing_to_fetch(tmp_path: Path) -> None:
