@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError, safe_open
 
 from schemas.errors import ModelNotReady
@@ -100,6 +100,8 @@ def load_adapter(path: Path, transformer: WanTransformer3DModel) -> Adapter:
 
 def _read(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], Callable[[int], float]]:
     """Each layer's tensors by `_KINDS`, and what `_scaling` says."""
+    from diffusers import WanPipeline  # it loads the text encoder's classes: 2 s that only whoever has adapters pays
+
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}

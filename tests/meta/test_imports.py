@@ -12,9 +12,9 @@ PROJECT = Path(schemas.__file__).parents[1]
 HEAVY = ("ray", "torch", "diffusers", "transformers", "av", "modal")
 
 
-def loaded_by(*modules: str) -> set[str]:
+def loaded_by(*modules: str, heavy: tuple[str, ...] = HEAVY) -> set[str]:
     """The heavy packages that a fresh process has loaded after importing `modules`."""
-    code = f"import sys, {', '.join(modules)}; print(*(name for name in {HEAVY!r} if name in sys.modules))"
+    code = f"import sys, {', '.join(modules)}; print(*(name for name in {heavy!r} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     return set(done.stdout.split())
 
@@ -52,3 +52,8 @@ def test_importing_the_application_loads_ray_and_no_model_library() -> None:
 
 def test_importing_the_text_encoder_loads_no_diffusers_which_takes_seconds() -> None:
     assert loaded_by("serve_graph.text_encoding") == {"torch", "transformers"}
+
+
+def test_importing_the_engine_loads_no_text_encoder_which_takes_seconds() -> None:
+    heavy = ("diffusers", "transformers.models.umt5", "diffusers.pipelines.wan.pipeline_wan")
+    assert loaded_by("serve_graph.engine.loop", heavy=heavy) == {"diffusers"}
