@@ -39,7 +39,9 @@ from schemas.clips import Timings
 from schemas.errors import WanError
 from schemas.jobs import JobState
 from schemas.requests import GenerationParameters
-from serve_graph.metrics import UNMATCHED
+
+UNMATCHED: Final = "unmatched"
+"""The route label of a request that no route template matched."""
 
 LOGGER_NAME: Final = "wan"
 REDACTED: Final = "[redacted]"

@@ -30,12 +30,11 @@ from schemas.errors import (
 )
 from schemas.jobs import JobState
 from schemas.webhooks import WebhookState
+from serve_graph.logs import UNMATCHED
 
 CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4
 """Of what `merge` returns. All names are legacy names, so every Prometheus reads this version."""
 
-UNMATCHED: Final = "unmatched"
-"""The route label of a request that no route template matched."""
 
 OTHER: Final = "OTHER"
 """The method label of a request whose method is none of HTTP's."""

@@ -21,7 +21,7 @@ from serve_graph.logs import log_failure
 
 T = TypeVar("T")
 
-HEALTH_TIMEOUT_S = 2.0
+HEALTH_TIMEOUT_S = 5.0
 SNAPSHOT_TIMEOUT_S = 2.0
 
 Snapshots = list[tuple[str, str, list[Metric]]]

@@ -196,7 +196,7 @@ def test_a_stop_hands_back_what_it_can_not_end(nursery: Nursery, tmp_path: Path)
         planned(core, step_s=0.01).start()
         jobs = ended_jobs(core, [answer["job_id"] for answer in answers], PATIENCE_S)
         assert succeeded(jobs) == 5
-        assert [job.parameters.model_dump() for job in jobs] == [answer["parameters"] for answer in answers]
+        assert [job.parameters.model_dump(mode="json") for job in jobs] == [answer["parameters"] for answer in answers]
         assert sorted(job.attempts for job in jobs) == [1, 1, 1, 2, 2]
 
 

@@ -326,7 +326,7 @@ def test_a_replica_that_is_replaced_is_woken(warm: Service) -> None:
     with warm.client() as client:
         for replica in ("Generator", "Ingress"):
             (victim,) = processes(container, f"ServeReplica:wan:{replica}")
-            job = running(client, resolution="64p")
+            job = running(client)
             victim.kill()
             ended = client.wait(job.job_id)
             assert (ended.state, ended.attempts) == (JobState.SUCCEEDED, 2), replica
