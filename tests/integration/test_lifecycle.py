@@ -77,10 +77,11 @@ def test_two_services_share_a_data_folder(service: RunningService) -> None:
             assert http.post("/generate", json={"prompt": "beside"}).status_code == 200
     finally:
         assert second.stop() == 0
+    before = len(service.log("model_loaded"))
     service.replica("Generator").kill()
+    until(lambda: len(service.log("model_loaded")) > before, "another generator")
     with service.client() as http:
-        until(lambda: http.get("/health/ready").status_code != 200, "the loss of the generator")
-        until(lambda: http.get("/health/ready").status_code == 200, "another generator")
+        until(lambda: http.get("/health/ready").status_code == 200, "a ready service")
         assert http.post("/generate", json={"prompt": "still here"}).status_code == 200
 
 
