@@ -250,10 +250,11 @@ class Architecture:
     text_encoder: TextEncoder = TextEncoder()
 
 
+_LARGE: Final = Architecture(Transformer(num_attention_heads=40, ffn_dim=13_824, num_layers=40))
+
 ARCHITECTURES: Final = {
     WAN_1_3B.name: Architecture(Transformer(num_attention_heads=12, ffn_dim=8_960, num_layers=30)),
-    WAN_14B.name: Architecture(Transformer(num_attention_heads=40, ffn_dim=13_824, num_layers=40)),
-    WAN_14B_FEW_STEP.name: Architecture(Transformer(num_attention_heads=40, ffn_dim=13_824, num_layers=40)),
+    **dict.fromkeys((WAN_14B.name, WAN_14B_FEW_STEP.name), _LARGE),
     WAN_TINY.name: Architecture(
         Transformer(num_attention_heads=6, ffn_dim=768, num_layers=4, attention_head_dim=32, text_dim=128, freq_dim=64),
         Vae(base_dim=12, decoder_base_dim=16, num_res_blocks=1),

@@ -35,7 +35,6 @@ from serve_graph.logs import UNMATCHED
 CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4
 """Of what `merge` returns. All names are legacy names, so every Prometheus reads this version."""
 
-
 OTHER: Final = "OTHER"
 """The method label of a request whose method is none of HTTP's."""
 

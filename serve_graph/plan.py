@@ -226,9 +226,8 @@ class ModelPlan:
             yield off_gpu | half_vae, "the text encoder on the CPU and the VAE in bfloat16 (model.vae_dtype)"
 
 
-@lru_cache(
-    maxsize=1_024
-)  # each request asks, and a batch has thousands of one size; counted anew it takes a millisecond
+# Each request asks, and a batch has thousands of one size; counted anew it takes a millisecond.
+@lru_cache(maxsize=1_024)
 def _footprint(parts: Architecture, placed: Placement, rows: int, width: int, height: int, tokens: int) -> Footprint:
     transformer = parts.transformer.weight_bytes(placed.dtype)
     vae = parts.vae.weight_bytes(placed.vae_dtype)

@@ -22,6 +22,8 @@ from serve_graph.logs import log_failure
 T = TypeVar("T")
 
 HEALTH_TIMEOUT_S = 5.0
+"""A dead replica is told at once; this is for one that hangs, and a busy machine may take seconds for an answer."""
+
 SNAPSHOT_TIMEOUT_S = 2.0
 
 Snapshots = list[tuple[str, str, list[Metric]]]

@@ -54,28 +54,22 @@ def save_diffusers(path: Path, pairs: Pairs, alpha: float | None = None) -> Path
 
 def save_original(path: Path, pairs: Pairs, alpha: float) -> Path:
     """As lightx2v's are: the original Wan's names, and an alpha per layer."""
-    tensors = {}
-    for layer, (down, up) in pairs.items():
-        name = f"diffusion_model.{_original(layer)}"
-        tensors |= {
-            f"{name}.lora_down.weight": down,
-            f"{name}.lora_up.weight": up,
-            f"{name}.alpha": torch.tensor(alpha),
-        }
-    save_file(tensors, path)
-    return path
+    return _save_with_alphas(
+        path, {f"diffusion_model.{_original(layer)}": pair for layer, pair in pairs.items()}, alpha
+    )
 
 
 def save_musubi(path: Path, pairs: Pairs, alpha: float) -> Path:
     """As musubi-tuner writes them; it has every layer of every block."""
+    named = {f"lora_unet_{_original(layer).replace('.', '_')}": pair for layer, pair in pairs.items()}
+    return _save_with_alphas(path, named, alpha)
+
+
+def _save_with_alphas(path: Path, named: Pairs, alpha: float) -> Path:
     tensors = {}
-    for layer, (down, up) in pairs.items():
-        name = f"lora_unet_{_original(layer).replace('.', '_')}"
-        tensors |= {
-            f"{name}.lora_down.weight": down,
-            f"{name}.lora_up.weight": up,
-            f"{name}.alpha": torch.tensor(alpha),
-        }
+    for name, (down, up) in named.items():
+        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
     save_file(tensors, path)
     return path
 

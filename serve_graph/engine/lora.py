@@ -30,8 +30,8 @@ _METADATA: Final = "lora_adapter_metadata"
 _KINDS: Final = {"A.weight", "B.weight", "B.bias"}
 """What a layer may have in a file; some have a bias alone."""
 
-_FUSED: Final = {"attn1": ("to_qkv", ("to_q", "to_k", "to_v")), "attn2": ("to_kv", ("to_k", "to_v"))}
-"""By the attention's name: `tuning.fuse_projections` has one layer in place of these, their rows in this order."""
+FUSED: Final = {"attn1": ("to_qkv", ("to_q", "to_k", "to_v")), "attn2": ("to_kv", ("to_k", "to_v"))}
+"""By the attention's name: once `tuning.fuse_projections` has run, one layer in place of these, rows in this order."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _place(transformer: WanTransformer3DModel, path: str, size: int) -> tuple[to
     module = transformer.get_submodule(owner)
     if hasattr(module, name):
         return module.get_submodule(name), 0
-    fused, names = _FUSED[owner.rpartition(".")[2]]
+    fused, names = FUSED[owner.rpartition(".")[2]]
     return module.get_submodule(fused), names.index(name) * size
 
 

@@ -13,6 +13,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from schemas.errors import ModelNotReady
 from serve_graph.engine.checkpoint import GeneratorParts
 from serve_graph.engine.int8 import hold_in_int8
+from serve_graph.engine.lora import FUSED
 
 Compile = Literal["off", "regional"]
 
@@ -52,7 +53,8 @@ def fuse_projections(block: WanTransformerBlock) -> None:
 
     diffusers' `fuse_qkv_projections` keeps both, which is a third more of the transformer's bytes.
     """
-    for attention, old in ((block.attn1, ("to_q", "to_k", "to_v")), (block.attn2, ("to_k", "to_v"))):
+    for path, (_, old) in FUSED.items():
+        attention = getattr(block, path)
         attention.fuse_projections()
         for name in old:
             delattr(attention, name)

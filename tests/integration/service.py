@@ -17,6 +17,9 @@ from random_wan import model_settings
 
 from serve_graph.open_ports import free_port
 
+HASTY = {"name": "Generator", "health_check_period_s": 1, "health_check_timeout_s": 2}
+"""A deployment's options: three checks that fail in turn tell that it hangs."""
+
 START_TIMEOUT_S = 170
 STOP_TIMEOUT_S = 90
 

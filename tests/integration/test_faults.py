@@ -16,10 +16,7 @@ from schemas.errors import PROBLEM_MEDIA_TYPE, Problem
 from storage.job_records import JobRecords
 from storage.local import LocalStore
 from tests.integration.load import Outcome, report, run, send, wait_running
-from tests.integration.service import RunningService
-
-HASTY = {"name": "Generator", "health_check_period_s": 1, "health_check_timeout_s": 2}
-"""Three checks that fail in turn tell that it hangs."""
+from tests.integration.service import HASTY, RunningService
 
 SLOW_STEPS = {"prompt": "an otter", "num_frames": 81, "resolution": "128p", "num_inference_steps": 100}
 ADDRESS = re.compile(r"\b\d{1,3}(\.\d{1,3}){3}\b")

@@ -17,9 +17,8 @@ import pytest
 from polling import until
 
 from tests.integration.load import wait_running
-from tests.integration.service import RunningService, run_serve, write_config
+from tests.integration.service import HASTY, RunningService, run_serve, write_config
 
-HASTY = {"name": "Generator", "health_check_period_s": 1, "health_check_timeout_s": 2}
 JOB = {"prompt": "a blue square", "num_frames": 81, "num_inference_steps": 100}
 
 
