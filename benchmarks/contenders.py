@@ -20,6 +20,7 @@ import torch
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from diffusers import UniPCMultistepScheduler, WanPipeline
 from diffusers.utils import logging as diffusers_logging
+from engine_runs import stock_arguments
 
 from benchmarks.workload import Block, closed_loop, request
 from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask, TextItem
@@ -81,15 +82,7 @@ class Stock:
     def _images(self, parameters: GenerationParameters) -> npt.NDArray[np.float32]:
         """(T, H, W, 3) in [0, 1]."""
         images: npt.NDArray[np.float32] = self._pipeline(
-            prompt=parameters.prompt,
-            negative_prompt=parameters.negative_prompt,
-            width=parameters.width,
-            height=parameters.height,
-            num_frames=parameters.num_frames,
-            num_inference_steps=parameters.num_inference_steps,
-            guidance_scale=parameters.guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(parameters.seed),
-            max_sequence_length=self._settings.profile.max_sequence_length,
+            **stock_arguments(parameters, self._settings.profile.max_sequence_length),
             output_type="np",
         ).frames[0]
         return images

@@ -22,6 +22,7 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanPipeline,
 )
+from engine_runs import BOUND, distance, run, stock_arguments
 from prometheus_client import CollectorRegistry
 from random_wan import RANDOM_WAN
 
@@ -30,15 +31,12 @@ from schemas.jobs import Progress
 from schemas.official_profiles import WAN_NEGATIVE_PROMPT
 from schemas.requests import GenerationParameters
 from serve_graph.engine.checkpoint import GeneratorParts
-from serve_graph.engine.denoise import Denoising, denoise_step
+from serve_graph.engine.denoise import Denoising
 from serve_graph.engine.job import EngineEvent, Finished
 
 if TYPE_CHECKING:
     from conftest import MakeEngine, MakeProbe
 
-BOUND = 1e-5
-"""Measured: at most 3.2e-6, alone and batched. The text encoder makes most of it: ours sees the real tokens only,
-the stock pipeline's sees the padding under its mask, too."""
 
 WRONG = 100 * BOUND
 
@@ -83,15 +81,7 @@ def stock_render(
         return {}
 
     frames: npt.NDArray[np.float32] = pipeline(
-        prompt=parameters.prompt,
-        negative_prompt=parameters.negative_prompt,
-        width=parameters.width,
-        height=parameters.height,
-        num_frames=parameters.num_frames,
-        num_inference_steps=parameters.num_inference_steps,
-        guidance_scale=parameters.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(parameters.seed),
-        max_sequence_length=RANDOM_WAN.max_sequence_length,
+        **stock_arguments(parameters, RANDOM_WAN.max_sequence_length),
         output_type="np",
         callback_on_step_end=keep,
     ).frames[0]
@@ -100,15 +90,7 @@ def stock_render(
 
 def engine_latents(parts: GeneratorParts, parameters: GenerationParameters, prompt: PreparedPrompt) -> torch.Tensor:
     """What the engine's steps make, without its thread."""
-    denoising = Denoising(parts, parameters, prompt, RANDOM_WAN.max_sequence_length)
-    while not denoising.is_done:
-        denoise_step(parts.transformer, [denoising])
-    return denoising.latents
-
-
-def distance(actual: torch.Tensor, stock: torch.Tensor) -> float:
-    """The largest difference in units of the stock output's standard deviation; NaN counts as far."""
-    return float(((actual - stock).abs().max() / stock.std()).nan_to_num(nan=float("inf")))
+    return run(parts, Denoising(parts, parameters, prompt, RANDOM_WAN.max_sequence_length))
 
 
 def with_two_steps_swapped(template: SchedulerMixin) -> SchedulerMixin:

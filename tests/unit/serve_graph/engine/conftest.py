@@ -19,10 +19,10 @@ def make_denoising(
     make_parameters: Callable[..., GenerationParameters],
     prepare: Callable[[GenerationParameters], PreparedPrompt],
 ) -> Callable[..., Denoising]:
-    """Make a job's denoising state; keywords as in `make_parameters`."""
+    """Make a job's denoising state, on the shared parts or others; keywords as in `make_parameters`."""
 
-    def make(levers: Levers = NO_LEVERS, **changes: Any) -> Denoising:
+    def make(levers: Levers = NO_LEVERS, *, parts: GeneratorParts = generator_parts, **changes: Any) -> Denoising:
         parameters = make_parameters(levers=levers, **changes)
-        return Denoising(generator_parts, parameters, prepare(parameters), RANDOM_WAN.max_sequence_length)
+        return Denoising(parts, parameters, prepare(parameters), RANDOM_WAN.max_sequence_length)
 
     return make

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from engine_runs import BOUND, bytes_of, distance, run
 from live_bytes import peak_bytes
 from random_wan import RANDOM_WAN
 from torch.overrides import TorchFunctionMode
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from conftest import MakeEngine, MakeProbe
 
 TEXT_LENGTH = RANDOM_WAN.max_sequence_length
-BOUND = 1e-5
-"""Relative to the standard deviation, as in the parity tests. Measured: at most 2e-6."""
 
 ONE_KEY = Levers(one_key_padding=True)
 BATCHED = Levers(batched_guidance=True)
@@ -58,17 +57,6 @@ def block_rows(generator_parts: GeneratorParts) -> Iterator[tuple[list[int], lis
             hook = block.register_forward_pre_hook(lambda module, args, rows=rows: rows.append(len(args[0])))
             stack.enter_context(hook)
         yield first, last
-
-
-def run(parts: GeneratorParts, *jobs: Denoising) -> torch.Tensor:
-    """All steps of jobs that share every forward. Returns the first one's latents."""
-    while not jobs[0].is_done:
-        denoise_step(parts.transformer, jobs)
-    return jobs[0].latents
-
-
-def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).abs().max() / expected.std())
 
 
 # Guidance on an interval
@@ -327,10 +315,6 @@ def test_a_bfloat16_decode_runs_on_a_copy_of_half_the_bytes_and_shows_the_same(
     difference = np.abs(exact.frames.astype(int) - quick.frames.astype(int))
     assert 0 < difference.mean() < 4  # levels of 255; random weights round badly
     assert bytes_of(generator_parts.quick_vae) == bytes_of(generator_parts.vae) / 2
-
-
-def bytes_of(module: torch.nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def test_no_copy_is_held_where_no_preset_needs_one_or_the_vae_is_in_bfloat16_already(

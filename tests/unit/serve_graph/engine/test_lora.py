@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
+from engine_runs import BOUND, distance, run, stock_arguments
 from lora_files import ALL, ATTENTION, CROSS, RANK, Pairs, random_pairs, save_diffusers, save_musubi, save_original
 from random_wan import RANDOM_WAN
 from safetensors.torch import load_file, save_file
 
 from schemas.errors import ModelNotReady, RenderFailed
-from schemas.handoff import PreparedPrompt
 from schemas.jobs import Progress
 from schemas.loras import AppliedLora
 from schemas.presets import NO_LEVERS, Levers
-from schemas.requests import GenerationParameters
 from serve_graph.engine import lora
 from serve_graph.engine.checkpoint import GeneratorParts, load_generator_parts, load_scheduler, moved
 from serve_graph.engine.denoise import Denoising, denoise_step
@@ -32,9 +31,6 @@ from serve_graph.engine.tuning import tune
 
 if TYPE_CHECKING:
     from conftest import MakeEngine, MakeProbe
-
-BOUND = 1e-5
-"""Relative to the standard deviation, as in the parity tests. Measured: at most 3e-6."""
 
 ALPHA = 2.0
 OUTSIDE = ("condition_embedder.text_embedder.linear_1", "condition_embedder.time_proj", "proj_out")
@@ -73,25 +69,13 @@ def parts(generator_parts: GeneratorParts, files: dict[str, Path]) -> GeneratorP
 
 
 @pytest.fixture
-def make_denoising(
-    make_parameters: Callable[..., GenerationParameters], prepare: Callable[[GenerationParameters], PreparedPrompt]
-) -> MakeDenoising:
+def make_denoising(make_denoising: Callable[..., Denoising]) -> MakeDenoising:
+    """With these adapters."""
+
     def make(parts: GeneratorParts, *loras: AppliedLora, levers: Levers = NO_LEVERS, **changes: Any) -> Denoising:
-        parameters = make_parameters(loras=loras, levers=levers, **{"num_inference_steps": 6, **changes})
-        return Denoising(parts, parameters, prepare(parameters), RANDOM_WAN.max_sequence_length)
+        return make_denoising(levers, parts=parts, loras=loras, **{"num_inference_steps": 6, **changes})
 
     return make
-
-
-def run(parts: GeneratorParts, *jobs: Denoising) -> torch.Tensor:
-    """All steps of jobs that share every forward. Returns the first one's latents."""
-    while not jobs[0].is_done:
-        denoise_step(parts.transformer, jobs)
-    return jobs[0].latents
-
-
-def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).abs().max() / expected.std())
 
 
 def merged(
@@ -128,15 +112,7 @@ def test_a_clip_with_adapters_equals_the_stock_pipeline_with_them_in_its_weights
 
     assert isinstance(probe.end(), Finished)
     stock = pipeline(
-        prompt=asked.prompt,
-        negative_prompt=asked.negative_prompt,
-        width=asked.width,
-        height=asked.height,
-        num_frames=asked.num_frames,
-        num_inference_steps=asked.num_inference_steps,
-        guidance_scale=asked.guidance_scale,
-        generator=torch.Generator("cpu").manual_seed(asked.seed),
-        max_sequence_length=RANDOM_WAN.max_sequence_length,
+        **stock_arguments(asked, RANDOM_WAN.max_sequence_length),
         output_type="latent",
     ).frames
     assert distance(probe.latents, stock) <= BOUND

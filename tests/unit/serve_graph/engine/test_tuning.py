@@ -6,19 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_wan import RANDOM_WAN
+from engine_runs import BOUND, bytes_of, distance, run
 
 from schemas.errors import ModelNotReady
-from schemas.handoff import PreparedPrompt
 from schemas.presets import NO_LEVERS, Levers
-from schemas.requests import GenerationParameters
 from serve_graph.engine.checkpoint import GeneratorParts, load_generator_parts
 from serve_graph.engine.decode import Decoding
-from serve_graph.engine.denoise import Denoising, denoise_step
+from serve_graph.engine.denoise import Denoising
 from serve_graph.engine.text_checkpoint import load_text_parts
 from serve_graph.engine.tuning import tune
-
-BOUND = 1e-5
 
 RunSteps = Callable[[GeneratorParts, Levers], torch.Tensor]
 
@@ -30,25 +26,8 @@ def own_parts(tiny_folder: Path) -> GeneratorParts:
 
 
 @pytest.fixture
-def run_steps(
-    make_parameters: Callable[..., GenerationParameters], prepare: Callable[[GenerationParameters], PreparedPrompt]
-) -> RunSteps:
-    def run(parts: GeneratorParts, levers: Levers) -> torch.Tensor:
-        parameters = make_parameters(levers=levers)
-        job = Denoising(parts, parameters, prepare(parameters), RANDOM_WAN.max_sequence_length)
-        while not job.is_done:
-            denoise_step(parts.transformer, [job])
-        return job.latents
-
-    return run
-
-
-def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).abs().max() / expected.std())
-
-
-def bytes_of(module: torch.nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())
+def run_steps(make_denoising: Callable[..., Denoising]) -> RunSteps:
+    return lambda parts, levers: run(parts, make_denoising(levers, parts=parts))
 
 
 @pytest.mark.parametrize("levers", [NO_LEVERS, Levers(one_key_padding=True)], ids=["plain", "one-key"])
