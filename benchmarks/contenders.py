@@ -20,8 +20,8 @@ import torch
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from diffusers import UniPCMultistepScheduler, WanPipeline
 from diffusers.utils import logging as diffusers_logging
-from engine_runs import stock_arguments
 
+from benchmarks.stock import stock_arguments
 from benchmarks.workload import Block, closed_loop, request
 from schemas.handoff import PreparedPrompt, RenderEvent, RenderTask, TextItem
 from schemas.jobs import RenderedClip, clip_id_of, new_job_id

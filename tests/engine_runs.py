@@ -1,10 +1,7 @@
-"""The engine's steps without its thread, what `WanPipeline` is asked for the same clip, and how far apart they are."""
-
-from typing import Any
+"""The engine's steps without its thread, and how far apart two results are."""
 
 import torch
 
-from schemas.requests import GenerationParameters
 from serve_graph.engine.checkpoint import GeneratorParts
 from serve_graph.engine.denoise import Denoising, denoise_step
 
@@ -28,18 +25,3 @@ def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def bytes_of(module: torch.nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
-
-
-def stock_arguments(parameters: GenerationParameters, max_sequence_length: int) -> dict[str, Any]:
-    """`WanPipeline`'s, all but the form of its output; flow shift is its scheduler's."""
-    return {
-        "prompt": parameters.prompt,
-        "negative_prompt": parameters.negative_prompt,
-        "width": parameters.width,
-        "height": parameters.height,
-        "num_frames": parameters.num_frames,
-        "num_inference_steps": parameters.num_inference_steps,
-        "guidance_scale": parameters.guidance_scale,
-        "generator": torch.Generator("cpu").manual_seed(parameters.seed),
-        "max_sequence_length": max_sequence_length,
-    }

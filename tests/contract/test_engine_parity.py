@@ -22,10 +22,11 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanPipeline,
 )
-from engine_runs import BOUND, distance, run, stock_arguments
+from engine_runs import BOUND, distance, run
 from prometheus_client import CollectorRegistry
 from random_wan import RANDOM_WAN
 
+from benchmarks.stock import stock_arguments
 from schemas.handoff import PreparedPrompt
 from schemas.jobs import Progress
 from schemas.official_profiles import WAN_NEGATIVE_PROMPT

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
-from engine_runs import BOUND, distance, run, stock_arguments
+from engine_runs import BOUND, distance, run
 from lora_files import ALL, ATTENTION, CROSS, RANK, Pairs, random_pairs, save_diffusers, save_musubi, save_original
 from random_wan import RANDOM_WAN
 from safetensors.torch import load_file, save_file
 
+from benchmarks.stock import stock_arguments
 from schemas.errors import ModelNotReady, RenderFailed
 from schemas.jobs import Progress
 from schemas.loras import AppliedLora
