@@ -26,13 +26,15 @@ class ChannelNorm(torch.nn.Module):
         """(B, C, …) to the same, each vector over C scaled to length sqrt(C); half precision is summed in float32."""
         values = x.float()
         length = values.square().sum(1, keepdim=True).sqrt_().clamp_min_(_EPSILON)
-        normed: torch.Tensor = (values / length).to(x.dtype) * self.scale * self.gamma + self.bias
-        return normed
+        normed = (values / length).to(x.dtype).mul_(self.scale).mul_(self.gamma)
+        return normed if isinstance(self.bias, float) else normed.add_(self.bias)
 
 
 def quicken_norms(vae: AutoencoderKLWan) -> None:
-    """Replace the VAE's channel-first norms, for a VAE on the CPU."""
+    """Replace the VAE's channel-first norms, for a VAE on the CPU; the activations after them work in place."""
     for parent in list(vae.modules()):
+        if isinstance(parent, torch.nn.SiLU):
+            parent.inplace = True
         for name, child in parent.named_children():
             if isinstance(child, WanRMS_norm) and child.channel_first:
                 setattr(parent, name, ChannelNorm(child))

@@ -14,6 +14,7 @@ from schemas.errors import ModelNotReady
 from serve_graph.engine.checkpoint import GeneratorParts
 from serve_graph.engine.int8 import hold_in_int8
 from serve_graph.engine.lora import FUSED
+from serve_graph.engine.quick_conv import convolutions_channels_last
 
 Compile = Literal["off", "regional"]
 
@@ -58,13 +59,6 @@ def fuse_projections(block: WanTransformerBlock) -> None:
         attention.fuse_projections()
         for name in old:
             delattr(attention, name)
-
-
-def convolutions_channels_last(vae: AutoencoderKLWan) -> None:
-    """Of the 3-D convolutions; what they put out has that layout, too."""
-    for module in vae.modules():
-        if isinstance(module, torch.nn.Conv3d):
-            module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's has no such one
 
 
 def choose_attention(transformer: WanTransformer3DModel, backend: str) -> None:
