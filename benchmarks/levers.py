@@ -43,10 +43,6 @@ def _fused(parts: GeneratorParts) -> None:
     tune(parts, fuse_qkv=True)
 
 
-def _channels_last(parts: GeneratorParts) -> None:
-    tune(parts, vae_channels_last=True)
-
-
 def _compiled(parts: GeneratorParts) -> None:
     tune(parts, compile_mode="regional")
 
@@ -77,7 +73,6 @@ def _ways(settings: Settings, with_compile: bool) -> dict[str, _Way]:
         "5 steps": _Way(Preset(num_inference_steps=5)),
         **{name: _Way(Preset(levers=lever)) for name, lever in levers.items()},
         "engine.fuse_qkv": _Way(tuning=_fused),
-        "engine.vae_channels_last": _Way(tuning=_channels_last),
         **compiled,
     }
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from serve_graph.open_ports import free_port
 from serve_graph.server import load_config
 from serve_graph.settings import Settings
 
+SERVE = ("-m", "serve_graph.cli", "serve", "--config")
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 90.0
 REQUEST_TIMEOUT_S = 120.0
@@ -108,15 +109,24 @@ def write_config(folder: Path, s3_endpoint: str | None = None, **args_over: Any)
 
 
 @contextmanager
-def running_service(config: Path, settings: Settings, scratch: Path) -> Iterator[Service]:
-    """Start the service, wait until it is ready, and stop it at the end. Raises ServiceFailed."""
+def running_service(
+    config: Path,
+    settings: Settings,
+    scratch: Path,
+    command: Sequence[str] = SERVE,
+    env: Mapping[str, str] | None = None,
+) -> Iterator[Service]:
+    """Start the service, wait until it is ready, and stop it at the end. Raises ServiceFailed.
+
+    command: what Python runs, before the config file. env: more variables for it.
+    """
     log = scratch / "service.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "serve_graph.cli", "serve", "--config", str(config)],
+            [sys.executable, *command, str(config)],
             stdout=subprocess.PIPE,
             stderr=output,
-            env=os.environ | {"RAY_TMPDIR": str(scratch / "ray"), "TMPDIR": str(scratch)},
+            env=os.environ | {"RAY_TMPDIR": str(scratch / "ray"), "TMPDIR": str(scratch)} | dict(env or {}),
             start_new_session=True,  # Ctrl-C reaches this process only, which then stops the service in its own way
         )
     try:

@@ -231,7 +231,9 @@ class EngineSettings(_Section):
         default=None, description="One of diffusers' attention backends, for the process; `null`: torch's own."
     )
     fuse_qkv: bool = Field(default=False, description="A block's query, key and value projections as one.")
-    vae_channels_last: bool = Field(default=False, description="The VAE's weights with the channels last in memory.")
+    vae_channels_last: bool = Field(
+        default=False, description="The VAE's weights with the channels last in memory, as on a CPU they are always."
+    )
     int8_weights: bool = Field(
         default=False, description="The transformer's weights in int8: fewer bytes, and other clips; needs `[int8]`."
     )

@@ -16,27 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from prometheus_client.parser import text_string_to_metric_families
 from s3_servers.process import dies_with_parent
 
 from benchmarks.peers import worker_files
 from benchmarks.processes import TOGETHER, Memory, memory_by_role, roles
 from benchmarks.service import START_TIMEOUT_S, stop_family
 from schemas.clips import Clip
-from schemas.jobs import Job, JobPage, JobState
 from schemas.requests import GenerateRequest
 from serve_graph.open_ports import free_port
 
 OURS = "wan-serve"
 PEERS = ("FastAPI", "LitServe", "cog")
+LOGGED_SERVICE = ("-m", "benchmarks.peers.logged_service")
 
-_ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 _POLL_S = 0.05
 _BUSY_PAUSE_S = 0.05
 _TIMEOUT_S = 600.0
-_NEWEST = 50
-"""Jobs among which that of a client who leaves is looked for."""
-_LOOKS = 5
 _STOP_TIMEOUT_S = 10.0
 
 
@@ -50,16 +46,15 @@ class PeerFailed(Exception):
 
 @dataclass
 class Contender(ABC):
-    """What a server is to its clients.
-
-    `left` is told just before the client with a number goes away; `stayed`, where its clip came before it could go.
-    """
+    """What a server is to its clients. folder: where its worker leaves its files."""
 
     name: str
     pid: int
     base_url: str
     ready_s: float
+    folder: Path
     http: httpx.AsyncClient = field(init=False)
+    _left_at: dict[int, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -75,15 +70,15 @@ class Contender(ABC):
     @abstractmethod
     async def _clip(self, body: dict[str, Any]) -> None: ...
 
-    @abstractmethod
-    async def left(self, number: int) -> None: ...
+    def left(self, number: int) -> None:
+        """The client with this number goes away."""
+        self._left_at[number] = time.monotonic()
 
-    @abstractmethod
-    def stayed(self, number: int) -> None: ...
-
-    @abstractmethod
-    async def wasted_steps(self) -> int:
+    def wasted_steps(self) -> int:
         """Steps run since the start for clients who had gone by then."""
+        lines = (self.folder / worker_files.STEPS_FILE).read_text().splitlines()
+        steps = ((int(seed), float(at)) for seed, at in (line.split() for line in lines))
+        return sum(1 for seed, at in steps if at > self._left_at.get(seed, float("inf")))
 
     @abstractmethod
     def worker(self) -> int:
@@ -98,8 +93,6 @@ class Contender(ABC):
 class Service(Contender):
     """This service. Its answer is a URL; `download` fetches what it leads to."""
 
-    left_at: dict[int, tuple[str, int]] = field(default_factory=dict)
-    """By the client's number: its job, and the step that this was at."""
     last_url: str = ""
 
     async def _clip(self, body: dict[str, Any]) -> None:
@@ -114,35 +107,6 @@ class Service(Contender):
         _require_mp4((await self.http.get(self.last_url)).content)
         return time.perf_counter() - began
 
-    async def left(self, number: int) -> None:
-        """Remember the step that the job is at: those so far were run for a client who was there."""
-        answer = await self.http.get("/jobs", params={"limit": _NEWEST})
-        for listed in JobPage.model_validate_json(answer.content).jobs:
-            if listed.parameters.seed == number:  # the list took its time, and steps went on
-                job = Job.model_validate_json((await self.http.get(f"/jobs/{listed.job_id}")).content)
-                if not job.state.is_terminal:  # else its clip is on its way, and nothing more is run
-                    self.left_at[number] = job.job_id, 0 if job.progress is None else job.progress.step
-
-    def stayed(self, number: int) -> None:
-        self.left_at.pop(number, None)
-
-    async def wasted_steps(self) -> int:
-        """All steps of jobs that were cancelled and of those that ended all the same, but not those before leaving."""
-        wasted = await self._steps_of_cancelled()
-        for job_id, step in self.left_at.values():
-            job = Job.model_validate_json((await self.http.get(f"/jobs/{job_id}")).content)
-            ended_all_the_same = job.state is JobState.SUCCEEDED
-            wasted += job.parameters.num_inference_steps - step if ended_all_the_same else -step
-        return max(0, wasted)
-
-    async def _steps_of_cancelled(self) -> int:
-        for _ in range(_LOOKS):  # a busy replica's part of the page may come too late and be missing
-            families = text_string_to_metric_families((await self.http.get("/metrics")).text)
-            samples = [s.value for family in families for s in family.samples if s.name == "wan_wasted_steps_total"]
-            if samples:
-                return round(sum(samples))
-        raise NoClip("/metrics has no wan_wasted_steps_total")
-
     def worker(self) -> int:
         return int(roles(self.pid)["generator"][0].pid)
 
@@ -151,26 +115,13 @@ class Service(Contender):
 class Peer(Contender):
     """One of the others: it answers with the clip's bytes."""
 
-    folder: Path = Path()
     route: str = ""
-    left_at: dict[int, float] = field(default_factory=dict)
 
     async def _clip(self, body: dict[str, Any]) -> None:
         answer = await self.http.post(self.route, json=body)
         if answer.status_code != httpx.codes.OK:
             raise NoClip(f"{answer.status_code}: {answer.text[:300]}")
         _require_mp4(answer.content)
-
-    async def left(self, number: int) -> None:
-        self.left_at[number] = time.monotonic()
-
-    def stayed(self, number: int) -> None:
-        self.left_at.pop(number, None)
-
-    async def wasted_steps(self) -> int:
-        lines = (self.folder / worker_files.STEPS_FILE).read_text().splitlines()
-        steps = ((int(seed), float(at)) for seed, at in (line.split() for line in lines))
-        return sum(1 for seed, at in steps if at > self.left_at.get(seed, float("inf")))
 
     def worker(self) -> int:
         return int((self.folder / worker_files.WORKER_FILE).read_text())
@@ -227,7 +178,7 @@ def running_peer(name: str, python: Path, checkpoint: Path, folder: Path) -> Ite
     log = folder / "log"
     environment = os.environ | launch.env
     environment |= {worker_files.CHECKPOINT_VARIABLE: str(checkpoint), worker_files.FOLDER_VARIABLE: str(folder)}
-    environment |= {"PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1", "PORT": str(port), "TMPDIR": str(folder)}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PORT": str(port), "TMPDIR": str(folder)}
     environment |= {"PATH": f"{python.parent}:{environment['PATH']}"}  # cog starts its worker as `python`
     began = time.perf_counter()
     with log.open("wb") as output:
@@ -236,14 +187,14 @@ def running_peer(name: str, python: Path, checkpoint: Path, folder: Path) -> Ite
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            cwd=_ROOT,
+            cwd=ROOT,
             env=environment,
             start_new_session=True,  # Ctrl-C reaches the benchmark only, which then stops it
         )
     base_url = f"http://127.0.0.1:{port}"
     try:
         _wait_ready(process, base_url + launch.health, log)
-        yield launch.kind(name, process.pid, base_url, time.perf_counter() - began, folder=folder, route=launch.route)
+        yield launch.kind(name, process.pid, base_url, time.perf_counter() - began, folder, route=launch.route)
     finally:
         stop_family(process, _STOP_TIMEOUT_S)
 

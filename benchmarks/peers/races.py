@@ -93,12 +93,10 @@ async def _one(contender: Contender, began: float, number: int, arrival: Arrival
     if arrival.leaves_after_s is not None:
         await asyncio.wait([asking], timeout=arrival.leaves_after_s)
         if not asking.done():
-            await contender.left(number)
-            if not asking.done():
-                asking.cancel()  # closes the connection
-                await asyncio.wait([asking])
-                return "gone"
-            contender.stayed(number)  # its clip came while `left` asked
+            contender.left(number)
+            asking.cancel()  # closes the connection
+            await asyncio.wait([asking])
+            return "gone"
     try:
         return await asking
     except NoClip:
@@ -114,12 +112,12 @@ async def _timed(contender: Contender, request: GenerateRequest) -> float:
 
 async def run_leaving(contender: Contender, sent: Sequence[Arrival], first: int) -> tuple[int, int]:
     """The trace with its leavers. Returns how many left, and the steps that were run for them afterwards."""
-    before = await contender.wasted_steps()
+    before = contender.wasted_steps()
     served = await run_open(contender, sent, first)
     with suppress(NoClip):
         await contender.clip(short_job(first + len(sent)))  # behind what still waits for clients who have gone
     await asyncio.sleep(_SETTLE_S)  # servers need not take turns in order, and steps in a log wake nobody
-    return served.gone, await contender.wasted_steps() - before
+    return served.gone, contender.wasted_steps() - before
 
 
 async def run_kill(

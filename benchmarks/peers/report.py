@@ -301,8 +301,8 @@ machine, the contenders taking turns.{" Tried at a tiny size (`--quick`): no fig
 - FastAPI: a `def` route and a lock around the pipeline. LitServe: batches of up to 8, gathered for 50 ms, its workers
   restarted. cog: an async runner with 64 slots. The three answer with the clip's bytes; {ours}, with its defaults and
   ministack for a bucket, with a URL, whose bytes take {1000 * report.download_s:.0f} ms more to fetch.
-- Clients gone: one in five leaves after half of the time that its job takes alone. Of {ours}, the steps of jobs that
-  were cancelled (`/metrics`) less those done when the client left; of the others, steps logged after that moment.
+- Clients gone: one in five leaves after half of the time that its job takes alone. Counted are the steps that ended
+  after that moment, as each worker logs them; the one under way when the client leaves is among them.
 - SIGKILL: to the process that holds the model, with long jobs in flight ("The rest") and half of their time gone.
 - Memory: the PSS of all processes of a server, read after each of its blocks; the largest.
 - Samples of {ours}: {_samples(report.contenders[ours])}.

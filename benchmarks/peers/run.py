@@ -22,7 +22,17 @@ from s3_servers.ministack import Ministack
 from benchmarks.child import Child, ChildFailed, child
 from benchmarks.command import RESULTS, positive, progress, run_command
 from benchmarks.machine import machine
-from benchmarks.peers.contenders import OURS, PEERS, Contender, NoClip, PeerFailed, Service, running_peer
+from benchmarks.peers.contenders import (
+    LOGGED_SERVICE,
+    OURS,
+    PEERS,
+    ROOT,
+    Contender,
+    NoClip,
+    PeerFailed,
+    Service,
+    running_peer,
+)
 from benchmarks.peers.picture import write_picture
 from benchmarks.peers.races import Loop, Served, run_closed, run_kill, run_leaving, run_open
 from benchmarks.peers.report import (
@@ -50,6 +60,7 @@ from benchmarks.peers.traces import (
     waits,
     with_leavers,
 )
+from benchmarks.peers.worker_files import FOLDER_VARIABLE
 from benchmarks.processes import cpu_seconds
 from benchmarks.races import Numbers
 from benchmarks.report import versions
@@ -267,8 +278,10 @@ def run(plan: Plan, python: Path, scratch: Path, console: Console) -> PeersRepor
         bench = Bench(plan, bar, engine)
         stack.callback(bench.close)
         starts_at = time.perf_counter()
-        service = stack.enter_context(running_service(config, settings, scratch / "service"))
-        bench.join(Service(OURS, service.pid, service.base_url, time.perf_counter() - starts_at))
+        folder = scratch / "service"
+        env = {FOLDER_VARIABLE: str(folder), "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+        service = stack.enter_context(running_service(config, settings, folder, LOGGED_SERVICE, env))
+        bench.join(Service(OURS, service.pid, service.base_url, time.perf_counter() - starts_at, folder))
         bar.advance(starting)
         checkpoint = locate_checkpoint(settings.profile, None, None).folder
         for name in PEERS:

@@ -1,7 +1,8 @@
-"""What a peer's worker is told in its environment, and what it leaves in its folder. Loads no model library."""
+"""What a worker is told in its environment, and what it leaves in its folder. Loads no model library."""
 
 CHECKPOINT_VARIABLE, FOLDER_VARIABLE = "PEER_CHECKPOINT", "PEER_FOLDER"
-"""The environment is the one way into a worker that all three peers leave open."""
+"""The environment is the one way into a worker that all contenders leave open."""
 
 WORKER_FILE, STEPS_FILE = "worker.pid", "steps.log"
-"""The process that holds the model; a line `seed seconds` for each step of each clip (CLOCK_MONOTONIC)."""
+"""The process that holds the model (of the peers); a line `seed seconds` for each step of each clip, by
+`time.monotonic`, whose clock all processes of a machine share."""

@@ -6,8 +6,7 @@ All but `int8_weights`, and attention backends that quantise, change results by 
 from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
 from schemas.errors import ModelNotReady

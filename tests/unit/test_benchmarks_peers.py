@@ -4,6 +4,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,6 +49,7 @@ from benchmarks.peers.traces import (
     waits,
     with_leavers,
 )
+from benchmarks.peers.worker_files import STEPS_FILE
 from benchmarks.report import Machine
 
 OURS = "wan-serve"
@@ -134,27 +136,16 @@ SOLO_S: dict[Kind, float] = {"short": 1.0, "long": 4.0}
 
 
 class Scripted(Contender):
-    """A contender that answers by the client's number, and is told who left."""
+    """A contender that answers by the client's number."""
 
-    def __init__(self, fails: Sequence[int] = (), left_takes_s: float = 0.0, clip_takes_s: float = 0.0) -> None:
-        super().__init__("scripted", os.getpid(), "http://scripted", 0.0)
-        self._fails, self._left_takes_s, self._clip_takes_s = fails, left_takes_s, clip_takes_s
-        self.gone: set[int] = set()
+    def __init__(self, fails: Sequence[int] = (), clip_takes_s: float = 0.0, folder: Path = Path()) -> None:
+        super().__init__("scripted", os.getpid(), "http://scripted", 0.0, folder)
+        self._fails, self._clip_takes_s = fails, clip_takes_s
 
     async def _clip(self, body: dict[str, Any]) -> None:
         if body["seed"] in self._fails:
             raise NoClip("scripted")
         await asyncio.sleep(self._clip_takes_s)
-
-    async def left(self, number: int) -> None:
-        self.gone.add(number)
-        await asyncio.sleep(self._left_takes_s)
-
-    def stayed(self, number: int) -> None:
-        self.gone.discard(number)
-
-    async def wasted_steps(self) -> int:
-        return 0
 
     def worker(self) -> int:
         return self.pid
@@ -186,18 +177,21 @@ def test_a_trace_without_a_clip_is_a_missed_goal_and_no_end_of_the_run() -> None
     assert "| mean of short jobs at 80% / cog | none in time | ≤ 0.50 | MISS |" in text
 
 
-def test_a_client_that_leaves_in_time_is_gone() -> None:
-    contender = Scripted(clip_takes_s=60.0)
+def test_a_client_that_leaves_in_time_is_gone_and_later_steps_of_its_job_are_wasted(tmp_path: Path) -> None:
+    contender = Scripted(clip_takes_s=60.0, folder=tmp_path)
+    before = time.monotonic()
     served = asyncio.run(run_open(contender, [Arrival(0.0, "short", leaves_after_s=0.0)], first=7))
+    after = time.monotonic()
+    (tmp_path / STEPS_FILE).write_text(f"7 {before}\n7 {after + 1}\n7 {after + 2}\n8 {after + 3}\n")
 
-    assert (served.gone, served.seconds["short"], contender.gone) == (1, [], {7})
+    assert (served.gone, served.seconds["short"]) == (1, [])
+    assert contender.wasted_steps() == 2
 
 
-def test_a_clip_that_comes_while_its_client_is_about_to_leave_is_served() -> None:
-    contender = Scripted(clip_takes_s=0.02, left_takes_s=0.2)
-    served = asyncio.run(run_open(contender, [Arrival(0.0, "short", leaves_after_s=0.0)], first=7))
+def test_a_clip_that_comes_before_its_client_leaves_is_served() -> None:
+    served = asyncio.run(run_open(Scripted(), [Arrival(0.0, "short", leaves_after_s=30.0)], first=7))
 
-    assert (served.gone, len(served.seconds["short"]), contender.gone) == (0, 1, set())
+    assert (served.gone, len(served.seconds["short"])) == (0, 1)
 
 
 def test_memory_of_a_contender_counts_its_process() -> None:

@@ -12,6 +12,7 @@ from serve_graph.engine.decode import Decoding
 from serve_graph.engine.quick_conv import quicken_convolutions
 
 SLOW, QUICK = "aten::slow_conv3d_forward", "aten::mkldnn_convolution"
+PADDED_COPY = "aten::constant_pad_nd"
 
 
 def kernels_of(decoding: Decoding) -> tuple[torch.Tensor, set[str]]:
@@ -53,4 +54,15 @@ def test_a_decode_uses_the_quick_kernel_throughout_and_keeps_its_frames(
     assert QUICK in kernels
     assert (quick - stock).abs().max() < 1e-5
     assert stock.std() > 0.01
+    weights = [parameter for parameter in vae.decoder.parameters() if parameter.ndim == 5]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last_3d) for weight in weights)
     assert SLOW not in kernels_of(Decoding(generator_parts.vae, latents))[1]  # as a checkpoint is loaded on the CPU
+
+
+def test_a_quick_decode_that_knows_its_earlier_frames_pads_nothing(generator_parts: GeneratorParts) -> None:
+    decoding = Decoding(generator_parts.vae, torch.randn(1, 16, 3, 8, 8))
+
+    kernels = [kernels_of(decoding)[1] for _ in range(3)]
+
+    assert PADDED_COPY in kernels[0]  # the frames before the first are zeros
+    assert PADDED_COPY not in kernels[2]

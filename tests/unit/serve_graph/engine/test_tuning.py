@@ -48,6 +48,7 @@ def test_a_vae_with_channels_last_decodes_to_the_same_frames(
     generator_parts: GeneratorParts, own_parts: GeneratorParts
 ) -> None:
     latents = torch.randn(1, 16, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    own_parts.vae.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as it is loaded for a GPU
     tune(own_parts, vae_channels_last=True)
 
     weights = [p for p in own_parts.vae.decoder.parameters() if p.ndim == 5]

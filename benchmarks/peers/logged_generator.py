@@ -1,0 +1,50 @@
+"""The service's generator, which also writes down each step that it takes for a job, as the peers' workers do.
+
+Progress as clients are told it is up to a quarter of a second old, which is half of a short job. Without this, steps
+that were taken before a client left would count as taken afterwards.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray.serve import Application
+
+import serve_graph.app
+from benchmarks.peers.worker_files import FOLDER_VARIABLE, STEPS_FILE
+from schemas.jobs import Progress
+from serve_graph.generator import Generator
+
+if TYPE_CHECKING:  # it loads torch, which Serve's controller would wait for, too
+    from serve_graph.engine.job import EngineEvent, EngineJob
+
+
+class LoggedGenerator(Generator):
+    """Reads its engine's events on their way."""
+
+    def _begin(self) -> None:
+        super()._begin()
+        if self._engine is None:
+            raise RuntimeError("the generator began without an engine")
+        steps = (Path(os.environ[FOLDER_VARIABLE]) / STEPS_FILE).open("ab", buffering=0)
+        submit = self._engine.submit
+
+        def submit_logged(job: "EngineJob") -> None:
+            notify = job.notify
+
+            def tell(event: "EngineEvent") -> None:
+                if isinstance(event, Progress) and event.stage == "denoise":
+                    steps.write(f"{job.parameters.seed} {time.monotonic()}\n".encode())
+                notify(event)
+
+            job.notify = tell
+            submit(job)
+
+        self._engine.submit = submit_logged  # type: ignore[method-assign]
+
+
+def build_app(args: dict[str, Any]) -> Application:
+    """As `serve_graph.app.build_app`, but with the generator above."""
+    serve_graph.app.Generator = LoggedGenerator  # type: ignore[misc]
+    return serve_graph.app.build_app(args)
