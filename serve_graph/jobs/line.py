@@ -5,7 +5,7 @@ jobs that end.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from schemas.jobs import RenderedClip
@@ -83,7 +83,7 @@ class Line:
 
     def join(self, live: LiveJob, deadline_left_s: float | None = None) -> None:
         """Put a job in line."""
-        live.own_s = self.own_seconds(live.record.parameters)
+        live.own_s = self._model.seconds(live.work)
         share = None if live.record.batch_id is None else live.record.principal
         fair_start = None if share is None else self._shares.enter(share, live.own_s)
         live.turn = self._turn(live.own_s, live.record.request.priority, deadline_left_s, fair_start)
@@ -138,7 +138,7 @@ class Line:
 
     def learn(self, live: LiveJob, clip: RenderedClip) -> None:
         """A job ended that took so long."""
-        self._model.saw_job(work_of(live.record.parameters), clip.denoise_device_s, clip.decode_device_s)
+        self._model.saw_job(live.work, clip.denoise_device_s, clip.decode_device_s)
 
     def seconds_for(self, num_jobs: int) -> float:
         """About how long the device takes for so many of the jobs in line."""
@@ -163,13 +163,23 @@ class Line:
         return self._model.is_calibrated
 
     def _candidates(self) -> list[LiveJob]:
+        """Those among whom the next one is, each with what its work is put at now: an estimate that was made when a
+        job came would put equals in the order in which estimates fell."""
         if len(self._waiting) <= SHORT_LINE:
-            return list(self._waiting.values())
+            return self._estimated(self._waiting.values())
         now = time.monotonic()
         if now - self._sorted_at > RESORT_S or len(self._came_since) > SHORT_LINE or not self._sorted:
-            jobs = list(self._waiting.values())
+            jobs = self._estimated(self._waiting.values())
             ordered = order(jobs, self._scheduling.policy, now)
             self._sorted = {jobs[index].job_id: jobs[index] for index in ordered}
             self._came_since, self._sorted_at = {}, now
         heads = [live for live, _ in zip(self._sorted.values(), range(HEADS), strict=False)]
-        return [*heads, *self._came_since.values()]
+        return self._estimated([*heads, *self._came_since.values()])
+
+    def _estimated(self, waiting: Iterable[LiveJob]) -> list[LiveJob]:
+        jobs = list(waiting)
+        for live in jobs:
+            seconds = self._model.seconds(live.work)
+            self._waiting_s += seconds - live.own_s
+            live.own_s = seconds
+        return jobs

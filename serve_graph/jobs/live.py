@@ -2,11 +2,12 @@
 
 import asyncio
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import inf
 
 from schemas.errors import WanError
 from schemas.jobs import JobRecord, Progress
-from serve_graph.scheduling import Turn
+from serve_graph.scheduling import Turn, Work, work_of
 
 
 @dataclass
@@ -18,7 +19,7 @@ class LiveJob:
     stopped_by: why its task was cancelled, where that was not a client's wish.
     handed_back: it is left to the next process. lost: another process has it. unrecorded: it ended here, and the
     store could not be told; its lease will run out.
-    turn, own_s: set when it joins the line. expiry: of its deadline.
+    turn, own_s: set when it joins the line, which keeps own_s up to date while it waits. expiry: of its deadline.
     """
 
     record: JobRecord
@@ -41,9 +42,14 @@ class LiveJob:
     own_s: float = 0.0
     expiry: asyncio.TimerHandle | None = None
 
+    @cached_property
+    def work(self) -> Work:
+        """Of its whole clip, which never changes."""
+        return work_of(self.record.parameters)
+
     @property
     def remaining_s(self) -> float:
-        """Seconds of the device's work that are left, by the estimate that was made when it came."""
+        """Seconds of the device's work that are left, by the estimate that was there when it began."""
         progress = self.progress
         if progress is None:
             return self.own_s
