@@ -74,11 +74,9 @@ class Contender(ABC):
         """The client with this number goes away."""
         self._left_at[number] = time.monotonic()
 
-    def wasted_steps(self) -> int:
-        """Steps run since the start for clients who had gone by then."""
-        lines = (self.folder / worker_files.STEPS_FILE).read_text().splitlines()
-        steps = ((int(seed), float(at)) for seed, at in (line.split() for line in lines))
-        return sum(1 for seed, at in steps if at > self._left_at.get(seed, float("inf")))
+    def wasted_steps(self) -> float:
+        """Steps run since the start for clients who had gone by then; of a step under way then, the part after."""
+        return worker_files.steps_after((self.folder / worker_files.STEPS_FILE).read_text(), self._left_at)
 
     @abstractmethod
     def worker(self) -> int:

@@ -6,42 +6,36 @@ that were taken before a client left would count as taken afterwards.
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray.serve import Application
 
 import serve_graph.app
-from benchmarks.peers.worker_files import FOLDER_VARIABLE, STEPS_FILE
-from schemas.jobs import Progress
+from benchmarks.peers.worker_files import FOLDER_VARIABLE, STEPS_FILE, step_lines
 from serve_graph.generator import Generator
 
 if TYPE_CHECKING:  # it loads torch, which Serve's controller would wait for, too
-    from serve_graph.engine.job import EngineEvent, EngineJob
+    from serve_graph.engine.job import EngineJob
 
 
 class LoggedGenerator(Generator):
-    """Reads its engine's events on their way."""
+    """Its engine's steps go through a method that logs them."""
 
     def _begin(self) -> None:
         super()._begin()
         if self._engine is None:
             raise RuntimeError("the generator began without an engine")
         steps = (Path(os.environ[FOLDER_VARIABLE]) / STEPS_FILE).open("ab", buffering=0)
-        submit = self._engine.submit
+        take_step = self._engine._step
 
-        def submit_logged(job: "EngineJob") -> None:
-            notify = job.notify
+        def take_logged_step(batch: "Sequence[EngineJob]") -> None:
+            began = time.monotonic()
+            take_step(batch)
+            steps.write(step_lines([job.parameters.seed for job in batch], began, time.monotonic()))
 
-            def tell(event: "EngineEvent") -> None:
-                if isinstance(event, Progress) and event.stage == "denoise":
-                    steps.write(f"{job.parameters.seed} {time.monotonic()}\n".encode())
-                notify(event)
-
-            job.notify = tell
-            submit(job)
-
-        self._engine.submit = submit_logged  # type: ignore[method-assign]
+        self._engine._step = take_logged_step  # type: ignore[method-assign]
 
 
 def build_app(args: dict[str, Any]) -> Application:

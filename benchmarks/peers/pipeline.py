@@ -16,7 +16,7 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 from diffusers.utils import logging as diffusers_logging
 
-from benchmarks.peers.worker_files import CHECKPOINT_VARIABLE, FOLDER_VARIABLE, STEPS_FILE, WORKER_FILE
+from benchmarks.peers import worker_files
 from schemas.official_profiles import WAN_TINY
 from serve_graph.encode import Mp4Writer
 from serve_graph.settings import EncodeSettings
@@ -37,11 +37,11 @@ class Pipeline:
     def __init__(self) -> None:
         torch.set_num_threads(1)
         diffusers_logging.disable_progress_bar()
-        self._folder = Path(os.environ[FOLDER_VARIABLE])
-        (self._folder / WORKER_FILE).write_text(str(os.getpid()))
-        self._steps = (self._folder / STEPS_FILE).open("ab", buffering=0)
+        self._folder = Path(os.environ[worker_files.FOLDER_VARIABLE])
+        (self._folder / worker_files.WORKER_FILE).write_text(str(os.getpid()))
+        self._steps = (self._folder / worker_files.STEPS_FILE).open("ab", buffering=0)
         self._pipeline = WanPipeline.from_pretrained(
-            os.environ[CHECKPOINT_VARIABLE], torch_dtype=torch.float32, disable_mmap=True
+            os.environ[worker_files.CHECKPOINT_VARIABLE], torch_dtype=torch.float32, disable_mmap=True
         )
         self._pipeline.set_progress_bar_config(disable=True)
         self._pipeline.scheduler = UniPCMultistepScheduler.from_config(
@@ -54,9 +54,13 @@ class Pipeline:
         stop: once set, the steps that are left are skipped, in the way that diffusers documents.
         """
 
+        began = time.monotonic()
+
         def after_step(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            now = time.monotonic()
-            self._steps.write("".join(f"{clip.seed} {now}\n" for clip in asked).encode())
+            nonlocal began
+            seeds, ended = [clip.seed for clip in asked], time.monotonic()
+            self._steps.write(worker_files.step_lines(seeds, began, ended))
+            began = ended
             if stop is not None and stop.is_set():
                 pipeline._interrupt = True
             return tensors

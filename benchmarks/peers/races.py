@@ -110,7 +110,7 @@ async def _timed(contender: Contender, request: GenerateRequest) -> float:
     return time.perf_counter() - sent_at
 
 
-async def run_leaving(contender: Contender, sent: Sequence[Arrival], first: int) -> tuple[int, int]:
+async def run_leaving(contender: Contender, sent: Sequence[Arrival], first: int) -> tuple[int, float]:
     """The trace with its leavers. Returns how many left, and the steps that were run for them afterwards."""
     before = contender.wasted_steps()
     served = await run_open(contender, sent, first)

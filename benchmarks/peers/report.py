@@ -48,7 +48,7 @@ class Leaving(Part):
     """One client in five went away. wasted_step_s: what was run for them afterwards, at the bare engine's pace."""
 
     clients_gone: int
-    wasted_steps: int
+    wasted_steps: float
     wasted_step_s: float
 
 
@@ -222,7 +222,7 @@ def rows(found: Mapping[str, Found]) -> dict[str, list[Row]]:
             arrived.append(row(f"{load:.0%}, {kind}: within {WITHIN:g} solo times", "%", within, True, 0))
         arrived.append(row(f"{load:.0%}: requests failed", "", (one.at_load(load).failed for one in each), False, 0))
     rest = [
-        row("steps run for clients who had gone", "steps", (one.leaving.wasted_steps for one in each), False, 0),
+        row("steps run for clients who had gone", "steps", (one.leaving.wasted_steps for one in each), False, 1),
         row("the same in step-seconds", "s", (one.leaving.wasted_step_s for one in each)),
         row("jobs in flight at the SIGKILL", "jobs", (one.killed.in_flight for one in each), True, 0),
         row("jobs lost by it", "jobs", (one.killed.lost for one in each), False, 0),
@@ -301,8 +301,8 @@ machine, the contenders taking turns.{" Tried at a tiny size (`--quick`): no fig
 - FastAPI: a `def` route and a lock around the pipeline. LitServe: batches of up to 8, gathered for 50 ms, its workers
   restarted. cog: an async runner with 64 slots. The three answer with the clip's bytes; {ours}, with its defaults and
   ministack for a bucket, with a URL, whose bytes take {1000 * report.download_s:.0f} ms more to fetch.
-- Clients gone: one in five leaves after half of the time that its job takes alone. Counted are the steps that ended
-  after that moment, as each worker logs them; the one under way when the client leaves is among them.
+- Clients gone: one in five leaves after half of the time that its job takes alone. Counted are the steps after
+  that moment, as each worker logs them, and of a step that was under way the part after it.
 - SIGKILL: to the process that holds the model, with long jobs in flight ("The rest") and half of their time gone.
 - Memory: the PSS of all processes of a server, read after each of its blocks; the largest.
 - Samples of {ours}: {_samples(report.contenders[ours])}.

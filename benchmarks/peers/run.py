@@ -111,7 +111,7 @@ class Collected:
     first_clip_s: float = 0.0
     closed: dict[int, list[Loop]] = field(default_factory=dict)
     open: dict[float, list[Served]] = field(default_factory=dict)
-    leaving: tuple[int, int] = (0, 0)
+    leaving: tuple[int, float] = (0, 0.0)
     killed: Killed | None = None
     peak_pss_bytes: int = 0
     num_processes: int = 0

@@ -49,7 +49,7 @@ from benchmarks.peers.traces import (
     waits,
     with_leavers,
 )
-from benchmarks.peers.worker_files import STEPS_FILE
+from benchmarks.peers.worker_files import STEPS_FILE, step_lines, steps_after
 from benchmarks.report import Machine
 
 OURS = "wan-serve"
@@ -179,13 +179,22 @@ def test_a_trace_without_a_clip_is_a_missed_goal_and_no_end_of_the_run() -> None
 
 def test_a_client_that_leaves_in_time_is_gone_and_later_steps_of_its_job_are_wasted(tmp_path: Path) -> None:
     contender = Scripted(clip_takes_s=60.0, folder=tmp_path)
-    before = time.monotonic()
+    began = time.monotonic()
     served = asyncio.run(run_open(contender, [Arrival(0.0, "short", leaves_after_s=0.0)], first=7))
-    after = time.monotonic()
-    (tmp_path / STEPS_FILE).write_text(f"7 {before}\n7 {after + 1}\n7 {after + 2}\n8 {after + 3}\n")
+    ended = time.monotonic()
+    (tmp_path / STEPS_FILE).write_bytes(step_lines([7], began - 1, began) + step_lines([7, 8], ended, ended + 1))
 
     assert (served.gone, served.seconds["short"]) == (1, [])
-    assert contender.wasted_steps() == 2
+    assert contender.wasted_steps() == 1
+
+
+def test_of_a_step_under_way_when_its_client_leaves_the_part_after_is_wasted() -> None:
+    text = (step_lines([1, 2], 10.0, 11.0) + step_lines([1, 2], 11.0, 12.0)).decode()
+
+    assert steps_after(text, {}) == 0
+    assert steps_after(text, {1: 10.75}) == 1.25
+    assert steps_after(text, {1: 10.75, 2: 5.0, 3: 0.0}) == 3.25
+    assert steps_after(text, {1: 12.0}) == 0
 
 
 def test_a_clip_that_comes_before_its_client_leaves_is_served() -> None:
