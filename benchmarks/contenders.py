@@ -117,7 +117,7 @@ class BareEngine:
         parts = load_generator_parts(folder, _CPU, "float32", "float32", presets=self._profile.presets.values())
         tuning(parts)
         self._text_encoder = TextEncoder(
-            load_text_parts(folder, _CPU, "float32"),
+            load_text_parts(folder, _CPU, "float32", int8_weights=settings.text.int8_weights),
             self._profile.max_sequence_length,
             settings.text.cache_bytes,
             PreprocessorMetrics(new_registry()),

@@ -7,7 +7,7 @@ same held-out prompts, and their latents and frames are held against those of `e
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import count
@@ -32,7 +32,7 @@ from schemas.requests import GenerateRequest, GenerationParameters
 from serve_graph.adherence import Answer, Question, held_out_questions, report
 from serve_graph.engine.checkpoint import GeneratorParts
 from serve_graph.engine.tuning import tune
-from serve_graph.settings import Settings, StorageSettings
+from serve_graph.settings import Settings, StorageSettings, TextSettings
 from serve_graph.tiny_wan.measure import measure
 
 GOALS = {"exact": 0.75, "balanced": 0.5, "fast": 0.35}
@@ -43,28 +43,37 @@ def _fused(parts: GeneratorParts) -> None:
     tune(parts, fuse_qkv=True)
 
 
+def _int8(parts: GeneratorParts) -> None:
+    tune(parts, int8_weights=True)
+
+
 def _compiled(parts: GeneratorParts) -> None:
     tune(parts, compile_mode="regional")
 
 
 @dataclass(frozen=True)
 class _Way:
-    """How a variant differs from `exact`."""
+    """How a variant differs from `exact`. text: the settings of the text encoder that do."""
 
     preset: Preset = EXACT
     tuning: Callable[[GeneratorParts], None] | None = None
+    text: TextSettings | None = None
 
 
-def _ways(settings: Settings, with_compile: bool) -> dict[str, _Way]:
+def _ways(settings: Settings, *, with_compile: bool, with_int8: bool) -> dict[str, _Way]:
     presets = settings.profile.presets
     levers = {
         "batched_guidance": Levers(batched_guidance=True),
         "one_key_padding": Levers(one_key_padding=True),
         "guidance_interval 0 to 0.75": Levers(guidance_interval=(0.0, 0.75)),
         "guidance_interval 0 to 0.5": Levers(guidance_interval=(0.0, 0.5)),
-        "first_block_threshold 0.05": Levers(first_block_threshold=0.05),
-        "first_block_threshold 0.1": Levers(first_block_threshold=0.1),
+        "first_block_threshold 0.2": Levers(first_block_threshold=0.2),
+        "first_block_threshold 0.3": Levers(first_block_threshold=0.3),
         "bfloat16_decode": Levers(bfloat16_decode=True),
+    }
+    int8 = {
+        "engine.int8_weights": _Way(tuning=_int8),
+        "text.int8_weights": _Way(text=settings.text.model_copy(update={"int8_weights": True})),
     }
     compiled = {"engine.compile regional": _Way(tuning=_compiled)} if with_compile else {}
     return {
@@ -73,6 +82,7 @@ def _ways(settings: Settings, with_compile: bool) -> dict[str, _Way]:
         "5 steps": _Way(Preset(num_inference_steps=5)),
         **{name: _Way(Preset(levers=lever)) for name, lever in levers.items()},
         "engine.fuse_qkv": _Way(tuning=_fused),
+        **(int8 if with_int8 else {}),
         **compiled,
     }
 
@@ -117,18 +127,21 @@ class _Times:
 
 
 class _Race:
-    def __init__(self, settings: Settings, scratch: Path, with_compile: bool) -> None:
+    def __init__(self, settings: Settings, scratch: Path, ways: Mapping[str, _Way]) -> None:
         self._settings = settings
         self._stock = Stock(settings)
-        engines: dict[Callable[[GeneratorParts], None] | None, BareEngine] = {}
-        self.ways = _ways(settings, with_compile)
+        engines: dict[tuple[Callable[[GeneratorParts], None] | None, bool], BareEngine] = {}
         self.contestants: dict[str, _Contestant] = {}
-        for name, way in self.ways.items():
-            if way.tuning not in engines:
-                own = {"storage": StorageSettings(folder=scratch / f"store-{len(engines)}")}
+        for name, way in ways.items():
+            engine = way.tuning, way.text is not None
+            if engine not in engines:
+                own = {
+                    "storage": StorageSettings(folder=scratch / f"store-{len(engines)}"),
+                    "text": way.text or settings.text,
+                }
                 given = (way.tuning,) if way.tuning is not None else ()
-                engines[way.tuning] = BareEngine(settings.model_copy(update=own), *given)
-            self.contestants[name] = _Contestant(settings, engines[way.tuning], way.preset)
+                engines[engine] = BareEngine(settings.model_copy(update=own), *given)
+            self.contestants[name] = _Contestant(settings, engines[engine], way.preset)
 
     def times(self, clips: int, advance: Callable[[], None]) -> "_Times":
         """Seconds per clip, in turns; each clip has a prompt of its own. The first round is the warm-up."""
@@ -189,7 +202,7 @@ def run(options: argparse.Namespace, scratch: Path, console: Console) -> LeversR
             made = bar.add_task(description, total=total)
             return lambda: bar.advance(made)
 
-        race = _Race(settings, scratch, options.compile)
+        race = _Race(settings, scratch, _ways(settings, with_compile=options.compile, with_int8=options.int8))
         num_variants = 1 + len(race.contestants)
         times = race.times(options.clips, task("clips, in turns", num_variants * (options.clips + 1)))
         questions = held_out_questions(options.prompts)
@@ -258,6 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--clips", type=positive, default=12, help="timed clips of each variant (%(default)s)")
     parser.add_argument("--prompts", type=positive, default=48, help="held-out prompts that all render (%(default)s)")
     parser.add_argument("--compile", action="store_true", help="regional compilation, too: takes a minute to compile")
+    parser.add_argument("--int8", action="store_true", help="weights in int8, too: needs `pip install -e '.[int8]'`")
     parser.add_argument(
         "--block-frames", type=positive, default=2, help="latent frames of the block at size (%(default)s)"
     )
