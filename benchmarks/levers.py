@@ -71,11 +71,9 @@ def _ways(settings: Settings, *, with_compile: bool, with_int8: bool) -> dict[st
         "first_block_threshold 0.3": Levers(first_block_threshold=0.3),
         "bfloat16_decode": Levers(bfloat16_decode=True),
     }
-    int8 = {
-        "engine.int8_weights": _Way(tuning=_int8),
-        "text.int8_weights": _Way(text=settings.text.model_copy(update={"int8_weights": True})),
-    }
-    compiled = {"engine.compile regional": _Way(tuning=_compiled)} if with_compile else {}
+    int8_text = settings.text.model_copy(update={"int8_weights": True})
+    int8 = {"engine.int8_weights": _Way(tuning=_int8), "text.int8_weights": _Way(text=int8_text)}
+    compiled = {"engine.compile regional": _Way(tuning=_compiled)}
     return {
         **{name: _Way(preset) for name, preset in presets.items()},
         "8 steps": _Way(Preset(num_inference_steps=8)),
@@ -83,7 +81,7 @@ def _ways(settings: Settings, *, with_compile: bool, with_int8: bool) -> dict[st
         **{name: _Way(Preset(levers=lever)) for name, lever in levers.items()},
         "engine.fuse_qkv": _Way(tuning=_fused),
         **(int8 if with_int8 else {}),
-        **compiled,
+        **(compiled if with_compile else {}),
     }
 
 

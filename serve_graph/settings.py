@@ -232,7 +232,7 @@ class EngineSettings(_Section):
     )
     fuse_qkv: bool = Field(default=False, description="A block's query, key and value projections as one.")
     vae_channels_last: bool = Field(
-        default=False, description="The VAE's weights with the channels last in memory, as on a CPU they are always."
+        default=False, description="The VAE's weights with the channels last in memory; on a CPU they are so anyway."
     )
     int8_weights: bool = Field(
         default=False, description="The transformer's weights in int8: fewer bytes, and other clips; needs `[int8]`."

@@ -95,10 +95,10 @@ class Line:
         return self._model.seconds(work_of(parameters))
 
     def prospect(self, request: GenerateRequest, parameters: GenerationParameters) -> Outlook:
-        """Where a single job would stand that joined now. Nothing changes."""
+        """Where a single job would stand that joined now. No job's place changes."""
         own_s = self.own_seconds(parameters)
         joining = _Prospect(self._turn(own_s, request.priority, request.deadline_s, None), own_s)
-        jobs: list[Candidate] = [*self._under_way.values(), *self._waiting.values(), joining]
+        jobs: list[Candidate] = [*self._under_way.values(), *self._estimated(self._waiting.values()), joining]
         return outlook(jobs, self._scheduling.policy, time.monotonic())[-1]
 
     def _turn(self, own_s: float, priority: Priority, deadline_s: float | None, fair_start: float | None) -> Turn:
@@ -151,7 +151,7 @@ class Line:
         now = time.monotonic()
         unknown = live.job_id not in self._outlooks and len(self._waiting) <= SHORT_LINE
         if unknown or now - self._outlooks_at > OUTLOOK_S:
-            jobs = [*self._under_way.values(), *self._waiting.values()]
+            jobs = [*self._under_way.values(), *self._estimated(self._waiting.values())]
             found = outlook(jobs, self._scheduling.policy, now)
             self._outlooks = {job.job_id: seen for job, seen in zip(jobs, found, strict=True)}
             self._outlooks_at = now
@@ -163,8 +163,7 @@ class Line:
         return self._model.is_calibrated
 
     def _candidates(self) -> list[LiveJob]:
-        """Those among whom the next one is, each with what its work is put at now: an estimate that was made when a
-        job came would put equals in the order in which estimates fell."""
+        """Those among whom the next one is."""
         if len(self._waiting) <= SHORT_LINE:
             return self._estimated(self._waiting.values())
         now = time.monotonic()
@@ -177,6 +176,8 @@ class Line:
         return self._estimated([*heads, *self._came_since.values()])
 
     def _estimated(self, waiting: Iterable[LiveJob]) -> list[LiveJob]:
+        """The same, each with what its work is put at now: whoever is compared has to be, since estimates of when a
+        job came would put equals in the order in which they fell."""
         jobs = list(waiting)
         for live in jobs:
             seconds = self._model.seconds(live.work)

@@ -49,7 +49,7 @@ class LiveJob:
 
     @property
     def remaining_s(self) -> float:
-        """Seconds of the device's work that are left, by the estimate that was there when it began."""
+        """Seconds of the device's work that are left: of its progress, or by the line's estimate."""
         progress = self.progress
         if progress is None:
             return self.own_s

@@ -47,3 +47,17 @@ async def test_what_the_line_will_take_follows_the_newest_estimate(jobs: Jobs) -
     line.leave(first)
     assert line.next() is second
     assert line.seconds_for(1) == pytest.approx(line.own_seconds(third.record.parameters))
+
+
+async def test_clients_are_told_the_order_in_which_equal_jobs_will_begin(jobs: Jobs) -> None:
+    record = jobs.record(recorded(jobs, JobState.QUEUED, 0))
+    line, device_s = Line(Scheduling(slots=1)), 100.0
+    came = [LiveJob(record.model_copy(update={"job_id": f"job_{i}"}), None, began=0.0) for i in range(4)]
+    for live in came:
+        line.join(live)
+        line.learn(live, clip_of(device_s := 0.9 * device_s))
+
+    places = [line.outlook(live) for live in came]
+
+    assert [place.position for place in places if place is not None] == [1, 2, 3, 4]
+    assert line.prospect(record.request, record.parameters).position == 5
