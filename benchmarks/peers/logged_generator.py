@@ -35,10 +35,10 @@ class LoggedGenerator(Generator):
             take_step(batch)
             steps.write(step_lines([job.parameters.seed for job in batch], began, time.monotonic()))
 
-        self._engine._step = take_logged_step  # type: ignore[method-assign]
+        self._engine._step = take_logged_step  # type: ignore[method-assign]  # of this engine alone
 
 
 def build_app(args: dict[str, Any]) -> Application:
     """As `serve_graph.app.build_app`, but with the generator above."""
-    serve_graph.app.Generator = LoggedGenerator  # type: ignore[misc]
+    serve_graph.app.Generator = LoggedGenerator  # type: ignore[misc]  # what the application binds
     return serve_graph.app.build_app(args)
